@@ -1,0 +1,125 @@
+"""The contract between the runtime and an engine. Small enough to recite:
+
+a :class:`Backend` is probed, opens a :class:`Box` from a :class:`Profile`, and sweeps what the dead left; a box is fed one
+bundle, gives out the supervisor's frames, and can tell its fate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from cloche.isolation import Posture
+from cloche.spec import Limits, Network
+from cloche.supervisor.bundle import Bundle
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a box is made from. Holds nothing of the script itself, so that a box can be started before its run is known."""
+
+    run_id: str
+    owner: str
+    """The process instance that answers for the box."""
+    expires_at: float
+    """Unix time in seconds after which anybody may remove the box."""
+    limits: Limits
+    network: Network = Network.NONE
+    image: str | None = None
+    bundle_bytes: int = 0
+    """How large a bundle will be fed, so that what holds it can be sized."""
+    interpreter: str | None = None
+    """The program that the box must offer; ``local`` finds it on the host and shows it to the box."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What is so of every box of a backend. Declared, never discovered."""
+
+    mode: str
+    replayable: bool = False
+    """Whether ``Box.output()`` may be called again after it ended early, giving the frames from the first one on."""
+    max_bundle_bytes: int | None = None
+    """The engine's own bound, None where it has none."""
+
+
+class FateKind(StrEnum):
+    """What an engine can say of a box that ended without a last frame."""
+
+    EXITED = "exited"
+    OOM_KILLED = "oom-killed"
+    EVICTED = "evicted"
+    DELETED = "deleted"
+    IMAGE = "image-unavailable"
+    UNSCHEDULABLE = "unschedulable"
+    LOST = "lost"
+    """The connection to the engine is gone: the box may still be there, and the run may be repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """The engine's word on how a box ended, with its own message."""
+
+    kind: FateKind
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Something that a dead owner left, and whether it was removed."""
+
+    kind: str
+    name: str
+    removed: bool
+    reason: str = ""
+
+
+class Box(Protocol):
+    """One isolated place made for one run."""
+
+    async def feed(self, bundle: Bundle) -> None:
+        """Hand the bundle in, once.
+
+        A box that died before it took the whole is no error here: its output and fate tell.
+        """
+        ...
+
+    def output(self) -> AsyncIterator[bytes]:
+        """The supervisor's frames as bytes, cut anywhere, until the engine's stream ends."""
+        ...
+
+    async def stop(self) -> None:
+        """Ask the supervisor (SIGTERM) to end the run now and to report it as cancelled. Returns at once."""
+        ...
+
+    async def fate(self) -> Fate:
+        """The engine's word, asked for only when the output ended without a last frame."""
+        ...
+
+
+class Backend(Protocol):
+    """Makes boxes on one engine."""
+
+    def capabilities(self) -> Capabilities:
+        """What is so of all its boxes."""
+        ...
+
+    async def probe(self) -> Posture:
+        """What works here. Raises nothing: that it cannot be used is a value with a reason."""
+        ...
+
+    def open(self, profile: Profile) -> AbstractAsyncContextManager[Box]:
+        """Make a box and start its supervisor. Leaving the context removes everything, shielded and time-limited.
+
+        Raises (on entering):
+            EngineError: the box could not be made.
+            InterpreterMissing: the profile's interpreter is not to be had.
+        """
+        ...
+
+    async def sweep(self) -> Sequence[Leftover]:
+        """Remove what the dead left; never a living run."""
+        ...
