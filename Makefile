@@ -1,0 +1,85 @@
+# The one door to everything a developer does. `make` lists it; CI calls nothing else.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+ARCHS  ?=
+DEMO   := build/demo
+SKILL  := examples/skills/sales-report
+# The zig compiler keeps what it built of musl here, when it is used at all.
+export ZIG_GLOBAL_CACHE_DIR ?= $(CURDIR)/build/zig-cache
+# The newest Python that works and is new enough. Version managers leave commands on the PATH that do not run.
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.14 python3.12 python3.11,\
+            $(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+
+C_SOURCES := $(wildcard src/cloche/supervisor/c/*.[ch])
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format types imports docs bench supervisor supervisor-all sanitize wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready $(VENV)/.supervisor ## make the virtual environment and build the supervisor; quick when nothing changed
+
+$(VENV)/.ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "cloche needs Python 3.11 or newer on the PATH, or make PYTHON=/path/to/python3" >&2; exit 1; }
+	@# Debian's Python has no ensurepip unless python3-venv is installed; pip can then fill the environment from outside.
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) 2>/dev/null || \
+	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
+	@touch $@
+
+$(VENV)/.supervisor: $(VENV)/.ready $(C_SOURCES) hatch_build.py
+	@needed=$$($(BIN)/python hatch_build.py --requires --archs "$(ARCHS)") && \
+	  { test -z "$$needed" || $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$needed"; }
+	@$(BIN)/python hatch_build.py --archs "$(ARCHS)"
+	@touch $@
+
+supervisor: $(VENV)/.supervisor ## compile the supervisor if its sources changed
+
+supervisor-all: $(VENV)/.ready ## compile it for every architecture, with zig, as published wheels have it
+	@rm -f $(VENV)/.supervisor src/cloche/supervisor/bin/*
+	@$(MAKE) --no-print-directory $(VENV)/.supervisor ARCHS=all
+
+demo: setup ## run a real skill on real input in the local sandbox
+	@rm -rf $(DEMO) && mkdir -p $(DEMO)
+	$(BIN)/cloche run --mode local --workspace $(SKILL) --output $(DEMO) scripts/report.py -- data/sales.csv
+	@echo && echo "What the script left in /output is now in $(DEMO):" && ls -l $(DEMO)
+
+test: setup ## run the tests; PYTEST_ARGS="-k word" narrows them
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready ## style and likely mistakes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.ready ## mypy over everything, pyright over the public API
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/pyright --verifytypes cloche --ignoreexternal
+
+imports: $(VENV)/.ready ## the direction of imports
+	$(BIN)/lint-imports
+
+docs: setup ## links resolve, examples run, docs/settings.md is what the code says
+	$(BIN)/python docs/check.py
+
+bench: setup ## measure cloche against plain bubblewrap and the bare program
+	@mkdir -p build
+	$(BIN)/python benchmarks/local.py --json build/bench.json
+
+sanitize: $(VENV)/.ready ## the supervisor's own tests under sanitizers, and its fuzzer for a while
+	tests/supervisor/run-sanitizers
+
+wheel: $(VENV)/.ready ## build sdist and wheel for publishing, with both architectures, into dist/
+	rm -rf dist
+	CLOCHE_BUILD_ARCHS=all $(BIN)/python -m build --outdir dist
+
+clean: ## remove all that was made here
+	rm -rf $(VENV) build dist src/cloche/supervisor/bin .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
