@@ -1,0 +1,458 @@
+"""The settings: read once, from the environment. ``docs/settings.md`` is made from the fields below.
+
+Every field says its unit, what it means to leave it unset, and why its default is what it is. A variable that is set to
+nothing (``CLOCHE_IMAGE=``, as compose files and charts write for "not given") counts as unset.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from cloche.errors import InvalidSettings
+from cloche.isolation import Isolation
+from cloche.spec import MAX_TIMEOUT_S, MIN_MEMORY_BYTES, ByteSize, Limits, Spec
+
+PREFIX = "CLOCHE_"
+
+# What Kubernetes puts into every container beside a Service called "cloche" (kubernetes.io, "Accessing the Service",
+# environment variables; Docker's old links use the same names).
+_INJECTED = re.compile(r"CLOCHE_PORT(_.*)?|CLOCHE_SERVICE_.*")
+# Read by cloche's own tests and build, not by the program.
+_DEVELOPMENT = re.compile(r"CLOCHE_MUST_WORK|CLOCHE_BUILD_.*")
+
+_MAX_WAIT_S = 7 * 24 * 3600.0
+_MAX_BYTES = 2**40
+
+
+class Mode(StrEnum):
+    """The ways to run a script that have a name. Which of them this version can use is the table's word
+    (:mod:`cloche.backends`)."""
+
+    DISABLED = "disabled"
+    LOCAL = "local"
+    DOCKER = "docker"
+    KUBERNETES = "kubernetes"
+    OPENSANDBOX = "opensandbox"
+    REMOTE = "remote"
+    AUTO = "auto"
+
+
+_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(h|ms|m|s|us|µs|ns)")  # noqa: RUF001 (Go prints the micro sign)
+_DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+")
+_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}  # noqa: RUF001
+
+
+def parse_duration(value: Any) -> Any:
+    """Seconds from a plain number (``"60"``, ``1.5``) or a Go duration (``"60s"``, ``"1m30s"``); anything else is handed on
+    to be refused.
+
+    Raises:
+        ValueError: a string that is neither.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if _DURATION.fullmatch(text):
+        return sum(float(number) * _SECONDS[unit] for number, unit in _DURATION_PART.findall(text))
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{value!r} is not an amount of time such as 60, 1.5 or 2m") from None
+
+
+def _parse_list(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _parse_pairs(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        return json.loads(value)
+    pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
+    if any(not sign or not name for name, sign, _ in pairs):
+        raise ValueError(f"{value!r} is not a list such as name=value,other=value")
+    return {name.strip(): text.strip() for name, _, text in pairs}
+
+
+def _parse_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+Seconds = Annotated[float, BeforeValidator(parse_duration)]
+"""Seconds; accepts ``"90"`` and ``"1m30s"``."""
+Names = Annotated[tuple[str, ...], BeforeValidator(_parse_list)]
+"""Names with commas between them."""
+Pairs = Annotated[dict[str, str], BeforeValidator(_parse_pairs)]
+"""``name=value`` with commas between, or a JSON object."""
+
+
+class Toleration(BaseModel):
+    """A toleration of a pod, in Kubernetes' own words (core/v1 Toleration)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str | None = None
+    operator: Literal["Exists", "Equal"] | None = None
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    tolerationSeconds: int | None = None  # noqa: N815 (the name in Kubernetes' API)
+
+
+def _setting(
+    default: Any, about: str, *, allowed: str, unset: str = "", why: str, alias: tuple[str, ...] = (), **bounds: Any
+) -> Any:
+    """One setting. ``allowed`` completes the sentence "allowed is …" in the error for a broken value."""
+    extra = {"allowed": allowed, "unset": unset, "why": why, "aliases": list(alias)}
+    return Field(default=default, description=about, json_schema_extra=extra, **bounds)
+
+
+_AMOUNT = "an amount of bytes such as 256Mi, 1G or 4096"
+_TIME = "seconds above 0 such as 60 or 1.5, or a duration such as 2m"
+_WEKNORA = "WEKNORA_SANDBOX_"
+
+
+class Settings(BaseModel):
+    """Everything that can be set. Frozen; made from the environment with :meth:`from_env`, or by hand.
+
+    Raises:
+        InvalidSettings: a value is not allowed. The message names it and says what is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Mode = _setting(
+        Mode.LOCAL,
+        "Where scripts run.",
+        allowed=", ".join(Mode),
+        why="it needs no daemon, no cluster and no account",
+        alias=(_WEKNORA + "MODE",),
+    )
+    fallback: bool = _setting(
+        True,
+        "Whether `local` is used, with one warning, when the chosen engine is unavailable at the start.",
+        allowed="true or false",
+        why="scripts go on running when a cluster is away; never below the isolation floor",
+    )
+    min_isolation: Isolation = _setting(
+        Isolation.NAMESPACE,
+        "The isolation floor: a run that would get less is refused. A spec can ask for another one.",
+        allowed=", ".join(Isolation),
+        why="below it a script sees the host's files, processes and network",
+    )
+    timeout: Seconds = _setting(
+        60.0,
+        "Seconds that a script may run, from its own start, when its spec does not say.",
+        allowed=f"{_TIME}, at most {MAX_TIMEOUT_S:.0f}",
+        why="long enough for a report, short enough for a user who waits",
+        alias=(_WEKNORA + "TIMEOUT",),
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        allow_inf_nan=False,
+    )
+    image: str = _setting(
+        "python:3.12-slim",
+        "Image of the box, on engines that have images.",
+        allowed="the name of an image",
+        why="small, official, and has Python; until cloche publishes one",
+        alias=(_WEKNORA + "IMAGE", _WEKNORA + "DOCKER_IMAGE"),
+        min_length=1,
+        max_length=512,
+    )
+    memory: ByteSize = _setting(
+        256 * 2**20,
+        "Bytes of memory that a box may use.",
+        allowed=f"{_AMOUNT}, at least 16Mi",
+        why="room for an interpreter and a small table of data; a laptop holds five of them",
+        ge=MIN_MEMORY_BYTES,
+        le=2**44,
+    )
+    cpus: float = _setting(
+        1.0,
+        "CPUs that a box may use; fractions are allowed.",
+        allowed="a number above 0, at most 1024",
+        why="most scripts have one thread",
+        gt=0,
+        le=1024,
+        allow_inf_nan=False,
+    )
+    pids: int = _setting(
+        128,
+        "Processes and threads that a box may hold, the supervisor included.",
+        allowed="a whole number from 4 to 4194304",
+        why="enough for a pool of workers, too few to disturb the host",
+        ge=4,
+        le=2**22,
+    )
+    start_timeout: Seconds = _setting(
+        120.0,
+        "Seconds from asking the engine for a box to the start of the script.",
+        allowed=_TIME,
+        why="a cluster may first have to pull an image",
+        gt=0,
+        le=_MAX_WAIT_S,
+        allow_inf_nan=False,
+    )
+    queue_timeout: Seconds = _setting(
+        60.0,
+        "Seconds that a run waits for a free place; 0: it does not wait.",
+        allowed="seconds such as 0, 60 or 1.5, or a duration such as 2m",
+        why="a caller that waited for a minute wants to know",
+        ge=0,
+        le=_MAX_WAIT_S,
+        allow_inf_nan=False,
+    )
+    max_concurrent: int = _setting(
+        5,
+        "Boxes that one process has at a time. Others wait in a queue, first come, first served.",
+        allowed="a whole number from 1 to 10000",
+        why="with the default memory it fits a small machine",
+        alias=(_WEKNORA + "MAX_CONCURRENT",),
+        ge=1,
+        le=10_000,
+    )
+    max_script_bytes: ByteSize = _setting(
+        512 * 2**10,
+        "Bytes of the largest script.",
+        allowed=_AMOUNT,
+        why="source text is smaller; what is larger is data and belongs into the workspace",
+        ge=1,
+        le=_MAX_BYTES,
+    )
+    max_workspace_bytes: ByteSize | None = _setting(
+        None,
+        "Bytes of workspace and stdin together.",
+        allowed=_AMOUNT,
+        unset="8Mi on kubernetes, 64Mi elsewhere",
+        why="a cluster keeps what is delivered in its database; elsewhere it is the box's memory",
+        ge=1,
+        le=_MAX_BYTES,
+    )
+    max_output_bytes: ByteSize = _setting(
+        2**20,
+        "Bytes kept of each of stdout and stderr, head and tail together.",
+        allowed=f"{_AMOUNT}, from 1Ki to 1Gi",
+        why="more than anyone reads; what is over it is counted and flagged",
+        ge=2**10,
+        le=2**30,
+    )
+    max_artifact_bytes: ByteSize = _setting(
+        4 * 2**20,
+        "Bytes collected from /output, per file and in all.",
+        allowed=f"{_AMOUNT}, at most 1Gi",
+        why="charts and documents fit, and so does a pod's log",
+        ge=0,
+        le=2**30,
+    )
+    kube_namespace: str = _setting(
+        "cloche-sandbox",
+        "Namespace in which Jobs are made.",
+        allowed="the name of a namespace",
+        why="a namespace of its own can be locked down",
+        alias=(_WEKNORA + "KUBE_NAMESPACE",),
+        min_length=1,
+        max_length=63,
+    )
+    kube_service_account: str = _setting(
+        "cloche-sandbox-runner",
+        "Service account of the pods. It needs no rights.",
+        allowed="the name of a service account",
+        why="the namespace's default account may have rights",
+        alias=(_WEKNORA + "KUBE_SERVICE_ACCOUNT",),
+        min_length=1,
+        max_length=253,
+    )
+    kube_runtime_class: str | None = _setting(
+        None,
+        "Runtime class of the pods, such as gvisor or kata.",
+        allowed="the name of a runtime class",
+        unset="the cluster's own runtime",
+        why="no name is the same on all clusters",
+        min_length=1,
+        max_length=253,
+    )
+    kube_node_selector: Pairs = _setting(
+        {},
+        "Labels that a node must have, as `name=value,…` or JSON.",
+        allowed="a list such as disk=ssd,pool=sandbox, or a JSON object",
+        unset="any node",
+        why="no label is the same on all clusters",
+    )
+    kube_tolerations: Annotated[tuple[Toleration, ...], BeforeValidator(_parse_json)] = _setting(
+        (),
+        "Tolerations of the pods, as a JSON list.",
+        allowed='a JSON list such as [{"key": "sandbox", "operator": "Exists", "effect": "NoSchedule"}]',
+        unset="none",
+        why="no taint is the same on all clusters",
+    )
+    kube_priority_class: str | None = _setting(
+        None,
+        "Priority class of the pods.",
+        allowed="the name of a priority class",
+        unset="the cluster's default",
+        why="no name is the same on all clusters",
+        min_length=1,
+        max_length=253,
+    )
+    kube_image_pull_secrets: Names = _setting(
+        (),
+        "Secrets with which the image is pulled, with commas between.",
+        allowed="names of secrets with commas between",
+        unset="none",
+        why="public images need none",
+    )
+    kube_labels: Pairs = _setting(
+        {},
+        "More labels for everything that is made, as `name=value,…` or JSON.",
+        allowed="a list such as team=search,env=prod, or a JSON object",
+        unset="none",
+        why="cloche's own labels are enough for cloche",
+    )
+    opensandbox_api_url: str | None = _setting(
+        None,
+        "Address of the OpenSandbox service.",
+        allowed="an address that begins with http:// or https://",
+        unset="the mode opensandbox is unavailable",
+        why="there is no public service",
+        alias=(_WEKNORA + "OPENSANDBOX_API_URL",),
+        pattern=r"^https?://[^\s/]",
+    )
+    opensandbox_api_key: SecretStr | None = _setting(
+        None,
+        "Key for the OpenSandbox service. Never printed.",
+        allowed="the key as text",
+        unset="requests carry no key",
+        why="a secret has no default",
+        alias=(_WEKNORA + "OPENSANDBOX_API_KEY",),
+    )
+    ssrf_whitelist: Names = _setting(
+        (),
+        "Hosts that callers may name although they are private, with commas between.",
+        allowed="hosts or networks with commas between",
+        unset="none",
+        why="a private address in a request is an attack until someone says otherwise",
+        alias=("SSRF_WHITELIST",),
+    )
+    log: Literal["debug", "info", "warning", "error", "critical"] = _setting(
+        "warning",
+        "Least level of what the command line logs to stderr. A program that uses the library configures `logging` itself.",
+        allowed="debug, info, warning, error or critical",
+        why="a run that goes well says nothing",
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[Settings], info: ValidationInfo) -> Settings:
+        # An error that is no ValueError passes through pydantic as it is, so that making Settings raises ours.
+        try:
+            return handler(data)
+        except ValidationError as exc:
+            raise _broken(exc, info.context or {}) from None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Settings:
+        """The settings in ``environ`` (None: this process's environment), with fields in ``given`` above them.
+
+        A ``CLOCHE_`` name wins over its aliases.
+
+        Raises:
+            InvalidSettings: a name that begins with ``CLOCHE_`` is unknown, or a value is not allowed.
+        """
+        environ = os.environ if environ is None else environ
+        known = variables()
+        for name in environ:
+            if name.startswith(PREFIX) and name not in known:
+                _refuse_unknown(name)
+        values: dict[str, Any] = {}
+        sources: dict[str, str] = {}
+        for name, field in known.items():
+            # The names of a field come with CLOCHE_'s first, so the first one that is set wins.
+            text = environ.get(name, "").strip()
+            if text and field not in values:
+                values[field], sources[field] = text, f"{name}={_shown(field, text)}"
+        for field, value in given.items():
+            values[field], sources[field] = value, f"{field}={_shown(field, value)}"
+        return cls.model_validate(values, context=sources)
+
+    def workspace_bytes(self, mode: str) -> int:
+        """The bound of workspace and stdin together in this mode, in bytes."""
+        if self.max_workspace_bytes is not None:
+            return self.max_workspace_bytes
+        return (8 if mode == Mode.KUBERNETES else 64) * 2**20
+
+
+def variables() -> dict[str, str]:
+    """Every variable that is read, with the field that it sets; of one field CLOCHE_'s name comes first."""
+    found: dict[str, str] = {}
+    for name, field in Settings.model_fields.items():
+        found[PREFIX + name.upper()] = name
+        found.update(dict.fromkeys(extra(field)["aliases"], name))
+    return found
+
+
+def extra(field: FieldInfo) -> dict[str, Any]:
+    """What a setting says of itself: allowed, unset, why, aliases."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def resolve(spec: Spec, settings: Settings) -> Limits:
+    """Every bound of one run: what the spec says, else what the settings say. Pure."""
+    return Limits(
+        timeout_s=settings.timeout if spec.timeout is None else spec.timeout,
+        memory_bytes=settings.memory if spec.memory is None else spec.memory,
+        cpus=settings.cpus if spec.cpus is None else spec.cpus,
+        pids=settings.pids if spec.pids is None else spec.pids,
+        output_bytes=settings.max_output_bytes,
+        artifact_bytes=settings.max_artifact_bytes,
+    )
+
+
+def _refuse_unknown(name: str) -> None:
+    if _INJECTED.fullmatch(name) or _DEVELOPMENT.fullmatch(name):
+        return
+    ours = [known for known in variables() if known.startswith(PREFIX)]
+    near = difflib.get_close_matches(name, ours, n=1, cutoff=0)
+    raise InvalidSettings(
+        f"{name} is not a setting of cloche.",
+        hint=f"Did you mean {near[0]}? Correct the name or unset it; docs/settings.md lists them all.",
+    )
+
+
+def _broken(exc: ValidationError, sources: Mapping[str, str]) -> InvalidSettings:
+    """Our error for pydantic's, about the first value that is not allowed."""
+    error = exc.errors(include_url=False, include_context=False)[0]
+    name = str(error["loc"][0]) if error["loc"] else "settings"
+    field = Settings.model_fields.get(name)
+    if field is None:
+        return InvalidSettings(f"{name} is not a setting of cloche.")
+    source = sources.get(name) or f"{name}={_shown(name, error['input'])}"
+    return InvalidSettings(f"{source} is not allowed.", hint=f"Allowed is {extra(field)['allowed']}.")
+
+
+def _shown(field: str, value: Any) -> str:
+    """A value in an error: never a secret (an address may hold one), never at length."""
+    if "opensandbox" in field:
+        return "…"
+    text = str(value)
+    return repr(text if len(text) <= 80 else text[:80] + "…")
