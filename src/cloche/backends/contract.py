@@ -49,6 +49,8 @@ class Capabilities:
 class FateKind(StrEnum):
     """What an engine can say of a box that ended without a last frame."""
 
+    NOT_STARTED = "not-started"
+    """The engine could not make the box; nothing of the script ran. The message says why."""
     EXITED = "exited"
     OOM_KILLED = "oom-killed"
     EVICTED = "evicted"

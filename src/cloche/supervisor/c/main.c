@@ -1,0 +1,480 @@
+/* The supervisor: takes one bundle, runs one script, gives out frames. See ../__init__.py for its place and docs/decisions
+ * for why it exists.
+ *
+ *   run [--bundle PATH|-]… [--script-uid N --script-gid N] [--nproc N] [--nofile N] [--fsize BYTES] [--memory-watch BYTES]
+ *       [--sockets unix] [--seal] [--inodes N] [--program NAME --program-path PATH]
+ *
+ * --seal: /workspace is a mount that this process may make read-only. --inodes: likewise bound the writable ones, whose
+ * empty files would be memory that nobody counts. --program: where in the box the plan's argv[0] is, if not on PATH.
+ *
+ * Its own life is one thread and one poll loop. Exit status 0: the last frame was delivered. */
+#include "cloche.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define REAP_MS 5000u    /* how long killed processes may take to go; a process in the kernel's hands can take long */
+#define FLUSH_MS 60000u  /* how long a reader may take for what is left at the end */
+#define WATCH_MS 20u     /* how often the tree's memory is summed where no cgroup bounds it */
+
+uint64_t now_us(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000u + (uint64_t)t.tv_nsec / 1000u;
+}
+
+uint64_t now_ms(void)
+{
+	return now_us() / 1000u;
+}
+
+bool parse_u64(const char *text, uint64_t *value)
+{
+	char *end;
+
+	if (text[0] < '0' || text[0] > '9')
+		return false;
+	errno = 0;
+	*value = strtoull(text, &end, 10);
+	return *end == 0 && errno == 0;
+}
+
+/* One run's state. */
+static struct {
+	struct options o;
+	struct script script;
+	int signals;
+	unsigned hardening;
+	bool main_ended, killing;
+	int status;
+	const char *cause;
+	uint64_t start_us, end_us; /* of the script */
+	uint64_t limit_ms;         /* when its time is up */
+	uint64_t kill_ms;          /* when SIGTERM becomes SIGKILL; 0: not asked to end */
+	uint64_t watch_ms;
+	uint64_t oom_before;
+} run = {.cause = "none"};
+
+static bool parse_options(int argc, char **argv, struct options *o)
+{
+	*o = (struct options){
+		.workspace = "/workspace",
+		.output = "/output",
+		.script_uid = -1,
+		.script_gid = -1,
+		.nofile = 4096,
+		.fsize = (uint64_t)64 << 20,
+	};
+	for (int i = 2; i < argc; i++) {
+		const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
+		uint64_t n = 0;
+		bool number = parse_u64(value, &n) && n < (uint64_t)1 << 62;
+
+		if (strcmp(name, "--seal") == 0) {
+			o->seal_workspace = true;
+			continue;
+		}
+		i++;
+		if (strcmp(name, "--bundle") == 0 && o->n_bundles < sizeof o->bundles / sizeof *o->bundles)
+			o->bundles[o->n_bundles++] = value;
+		else if (strcmp(name, "--sockets") == 0 && strcmp(value, "unix") == 0)
+			o->sockets_unix_only = true;
+		else if (strcmp(name, "--script-uid") == 0 && number)
+			o->script_uid = (int64_t)n;
+		else if (strcmp(name, "--script-gid") == 0 && number)
+			o->script_gid = (int64_t)n;
+		else if (strcmp(name, "--nproc") == 0 && number)
+			o->nproc = n;
+		else if (strcmp(name, "--nofile") == 0 && number)
+			o->nofile = n;
+		else if (strcmp(name, "--fsize") == 0 && number)
+			o->fsize = n;
+		else if (strcmp(name, "--memory-watch") == 0 && number)
+			o->memory_watch = n;
+		else if (strcmp(name, "--inodes") == 0 && number)
+			o->inodes = n;
+		else if (strcmp(name, "--program") == 0)
+			o->program = value;
+		else if (strcmp(name, "--program-path") == 0)
+			o->program_path = value;
+		else
+			return false;
+	}
+	if (o->n_bundles == 0)
+		o->bundles[o->n_bundles++] = "-";
+	return (o->script_uid < 0) == (o->script_gid < 0) && !o->program == !o->program_path;
+}
+
+/* Keeps stdin (which may bring the bundle) and a private copy of stdout; all else is closed, 1 and 2 lead nowhere. */
+static bool own_descriptors(void)
+{
+	int out, null;
+
+	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0 || prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0)
+		return false;
+	if (syscall(SYS_close_range, 3, ~0u, 0) != 0)
+		for (int fd = 3; fd < 4096; fd++)
+			close(fd);
+	out = fcntl(1, F_DUPFD_CLOEXEC, 3);
+	null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	if (out < 0 || null < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
+		return false;
+	close(null);
+	frames_init(out);
+	return fcntl(out, F_SETFL, O_WRONLY | O_NONBLOCK) == 0;
+}
+
+static bool block_signals(void)
+{
+	sigset_t all;
+
+	sigfillset(&all);
+	if (sigprocmask(SIG_SETMASK, &all, NULL) != 0)
+		return false;
+	run.signals = signalfd(-1, &all, SFD_CLOEXEC | SFD_NONBLOCK);
+	return run.signals >= 0;
+}
+
+static const char *refusal(void)
+{
+	const struct options *o = &run.o;
+
+	if (getpid() == 1)
+		run.hardening |= HARD_PID_1;
+	if (!script_same_uid(o))
+		run.hardening |= HARD_OWN_UID;
+	if ((o->script_uid < 0 ? (int64_t)getuid() : o->script_uid) == 0)
+		return "the script would run as uid 0";
+	if (!script_same_uid(o) && geteuid() != 0)
+		return "the supervisor may not give the script a uid of its own";
+	if (getpid() != 1 && script_same_uid(o))
+		return "the supervisor is neither PID 1 nor of another uid than the script";
+	return NULL;
+}
+
+static bool read_bundles(struct bundle *b)
+{
+	static uint8_t chunk[64 * 1024];
+
+	for (size_t i = 0; i < run.o.n_bundles; i++) {
+		bool standard = strcmp(run.o.bundles[i], "-") == 0;
+		int fd = standard ? 0 : open(run.o.bundles[i], O_RDONLY | O_CLOEXEC);
+
+		if (fd < 0) {
+			b->error = "it cannot be opened";
+			return false;
+		}
+		while (!b->done) {
+			ssize_t n = read(fd, chunk, sizeof chunk);
+
+			if (n < 0 && errno == EINTR)
+				continue;
+			if (n <= 0)
+				break;
+			if (!bundle_feed(b, chunk, (size_t)n))
+				return false;
+		}
+		close(fd);
+	}
+	return bundle_finish(b);
+}
+
+/* Folders that the engine could not mount are made here, the script's own ones given to it. */
+static bool folders(void)
+{
+	const struct options *o = &run.o;
+	bool other = !script_same_uid(o);
+
+	if (mkdir(o->workspace, 0755) != 0 && errno != EEXIST)
+		return false;
+	if (mkdir(o->output, 0755) == 0 || errno == EEXIST)
+		return !other || (chown(o->output, (uid_t)o->script_uid, (gid_t)o->script_gid) == 0);
+	return false;
+}
+
+static bool take_bundle(struct bundle *b, int *input)
+{
+	struct unpacker u = {.root = -1, .fd = -1, .input = -1};
+
+	if (!folders() || (u.root = open(run.o.workspace, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)) < 0) {
+		frame_fail("backend-unavailable", "The box has no usable %s or %s: %s.", run.o.workspace, run.o.output,
+			   strerror(errno));
+		return false;
+	}
+	bundle_init(b, &unpack_sink, &u);
+	bool ok = read_bundles(b);
+
+	close(u.root);
+	if (!ok && b->sink_errno == ENOSPC)
+		frame_fail("workspace-too-large", "The workspace does not fit into the box.");
+	else if (!ok)
+		frame_fail("protocol-error", "The bundle cannot be read: %s%s%s.", b->error, b->sink_errno ? ": " : "",
+			   b->sink_errno ? strerror(b->sink_errno) : "");
+	int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
+
+	if (null >= 0) {
+		dup2(null, 0);
+		close(null);
+	}
+	*input = u.input >= 0 ? u.input : 0;
+	return ok;
+}
+
+static bool seal_mounts(void)
+{
+	const char *writable[] = {run.o.output, WRITABLE_TMP, WRITABLE_SHM};
+
+	if (run.o.seal_workspace) {
+		if (!seal_workspace(run.o.workspace)) {
+			frame_fail("isolation-unavailable", "The workspace cannot be made read-only: %s.", strerror(errno));
+			return false;
+		}
+		run.hardening |= HARD_WORKSPACE_SEALED;
+	}
+	for (size_t i = 0; run.o.inodes > 0 && i < sizeof writable / sizeof *writable; i++)
+		if (!bound_inodes(writable[i], run.o.inodes)) {
+			frame_fail("isolation-unavailable", "The files in %s cannot be bounded: %s.", writable[i], strerror(errno));
+			return false;
+		}
+	return true;
+}
+
+/* False: there is no process left. */
+static bool reap(void)
+{
+	int status;
+	pid_t pid;
+
+	while ((pid = waitpid(-1, &status, WNOHANG | __WALL)) > 0)
+		if (pid == run.script.pid && !run.main_ended) {
+			run.main_ended = true;
+			run.status = status;
+			run.end_us = now_us();
+		}
+	return pid == 0 || errno != ECHILD;
+}
+
+/* Ends the run: SIGTERM now, SIGKILL after the grace. The first cause is the one that is told. */
+static void end_run(const char *cause, uint64_t grace_ms)
+{
+	if (run.kill_ms != 0)
+		return;
+	run.cause = cause;
+	run.kill_ms = now_ms() + grace_ms;
+	if (grace_ms > 0) {
+		kill_all(&run.o, SIGTERM);
+		kill_all(&run.o, SIGCONT);
+	}
+}
+
+static void read_signals(uint64_t grace_ms)
+{
+	struct signalfd_siginfo info;
+
+	while (read(run.signals, &info, sizeof info) == (ssize_t)sizeof info)
+		/* As PID 1: only from outside the box (no pid here), whatever got past the script's filter. */
+		if ((info.ssi_signo == SIGTERM || info.ssi_signo == SIGINT) &&
+		    (getpid() != 1 || (info.ssi_pid == 0 && info.ssi_code <= 0)))
+			end_run("cancel", grace_ms);
+	reap();
+}
+
+static int wait_ms(uint64_t now)
+{
+	uint64_t next = run.kill_ms ? run.kill_ms : run.limit_ms;
+
+	if (run.o.memory_watch && run.watch_ms < next)
+		next = run.watch_ms;
+	for (unsigned i = 0; i < 2; i++) {
+		uint64_t due = pump_due_ms(i, now, run.limit_ms);
+
+		if (due < next)
+			next = due;
+	}
+	return next <= now ? 0 : next - now > 60000 ? 60000 : (int)(next - now);
+}
+
+static void watch_memory(uint64_t now)
+{
+	if (run.o.memory_watch == 0 || now < run.watch_ms)
+		return;
+	run.watch_ms = now + WATCH_MS;
+	if (tree_bytes(script_same_uid(&run.o) ? -1 : run.o.script_uid, run.o.memory_watch) > run.o.memory_watch) {
+		run.kill_ms = 0; /* also when it is already being asked to end: there is no time for a grace */
+		end_run(strcmp(run.cause, "none") == 0 ? "memory" : run.cause, 0);
+	}
+}
+
+/* Until the script's main process has ended, or must not go on. */
+static void supervise(const struct plan *p)
+{
+	while (!run.main_ended) {
+		struct pollfd fds[4] = {
+			{.fd = run.signals, .events = POLLIN},
+			{.fd = frames_gone() ? -1 : frames_fd(), .events = frames_pending() ? POLLOUT : 0},
+			{.fd = frames_room() ? run.script.pipes[0] : -1, .events = POLLIN},
+			{.fd = frames_room() ? run.script.pipes[1] : -1, .events = POLLIN},
+		};
+
+		poll(fds, 4, wait_ms(now_ms()));
+		uint64_t now = now_ms();
+
+		if (fds[1].revents & (POLLERR | POLLNVAL))
+			return; /* nobody reads any more: cloche is gone */
+		if (fds[1].revents & POLLOUT)
+			frames_push();
+		for (unsigned i = 0; i < 2; i++)
+			if (fds[2 + i].revents && !pump_read(i, run.script.pipes[i], now, run.limit_ms)) {
+				close(run.script.pipes[i]);
+				run.script.pipes[i] = -1;
+			}
+		pump_tick(now, run.limit_ms);
+		frames_push();
+		if (fds[0].revents)
+			read_signals(p->grace_ms);
+		watch_memory(now);
+		if (!run.main_ended && now >= run.limit_ms)
+			end_run("timeout", p->grace_ms);
+		if (run.kill_ms && now >= run.kill_ms)
+			return;
+	}
+}
+
+/* Whatever the script started, wherever it went. */
+static void kill_tree(void)
+{
+	for (uint64_t end = now_ms() + REAP_MS; now_ms() < end;) {
+		struct pollfd p = {.fd = run.signals, .events = POLLIN};
+		struct signalfd_siginfo info;
+
+		kill_all(&run.o, SIGKILL);
+		if (!reap())
+			return;
+		poll(&p, 1, 10);
+		while (read(run.signals, &info, sizeof info) > 0)
+			;
+	}
+}
+
+static void drain(void)
+{
+	for (unsigned i = 0; i < 2; i++) {
+		uint64_t now = now_ms(), end = now + FLUSH_MS;
+
+		while (run.script.pipes[i] >= 0 && now < end && !frames_gone()) {
+			struct pollfd p = {.fd = run.script.pipes[i], .events = POLLIN};
+
+			if (!frames_room())
+				frames_flush(1000);
+			/* All writers are dead: what is there is all there is. */
+			if (poll(&p, 1, 0) <= 0 || !pump_read(i, run.script.pipes[i], now, end))
+				break;
+			now = now_ms();
+		}
+		pump_finish(i);
+	}
+}
+
+static int finish(const struct plan *p)
+{
+	struct ending e = {.status = run.status, .cause = run.cause};
+	struct rusage used;
+	uint64_t kills = 0;
+
+	if (!run.main_ended) { /* it could not be killed in time; the engine will */
+		e.status = SIGKILL;
+		run.end_us = now_us();
+	}
+	drain();
+	e.skipped = collect(run.o.output, p->artifact_bytes, p->artifact_count);
+	if (oom_kills(&kills))
+		e.oom_kills = kills > run.oom_before ? kills - run.oom_before : 0;
+	if (strcmp(run.cause, "none") == 0 && WIFSIGNALED(e.status) && WTERMSIG(e.status) == SIGKILL && e.oom_kills > 0)
+		e.cause = "memory";
+	if (strcmp(run.cause, "memory") == 0 && e.oom_kills == 0)
+		e.oom_kills = 1;
+	getrusage(RUSAGE_CHILDREN, &used);
+	e.cpu_us = (uint64_t)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) * 1000000u +
+		   (uint64_t)(used.ru_utime.tv_usec + used.ru_stime.tv_usec);
+	e.peak_bytes = cgroup_peak_bytes();
+	if (e.peak_bytes == 0)
+		e.peak_bytes = (uint64_t)used.ru_maxrss * 1024u;
+	e.run_us = run.end_us - run.start_us;
+	for (unsigned i = 0; i < 2; i++) {
+		e.bytes[i] = pump_total(i);
+		e.truncated[i] = pump_truncated(i);
+	}
+	e.hardening = run.hardening;
+	frame_end(&e);
+	return frames_flush(FLUSH_MS) ? 0 : 1;
+}
+
+static int run_main(void)
+{
+	static struct bundle bundle;
+	const char *why;
+	int input = -1;
+
+	frame_hello();
+	frames_push();
+	if ((why = refusal()) != NULL) {
+		frame_fail("isolation-unavailable", "The box is not safe: %s.", why);
+		return 1;
+	}
+	if (!take_bundle(&bundle, &input))
+		return 1;
+	if (!seal_mounts())
+		return 1;
+	if (script_same_uid(&run.o) && !drop_own_capabilities(true)) {
+		frame_fail("isolation-unavailable", "Capabilities cannot be dropped: %s.", strerror(errno));
+		return 1;
+	}
+	if (!pump_init(bundle.plan.output_bytes)) {
+		frame_fail("backend-unavailable", "The box has no memory for the output's tail.");
+		return 1;
+	}
+	if (run.o.memory_watch)
+		run.hardening |= HARD_MEMORY_WATCH;
+	if (oom_kills(&run.oom_before))
+		run.hardening |= HARD_OOM_COUNTER;
+	if (!script_start(&run.script, &run.o, &bundle.plan, input, &run.hardening))
+		return 1;
+	run.start_us = now_us();
+	run.limit_ms = now_ms() + bundle.plan.timeout_ms;
+	frame_start();
+	frames_push();
+	supervise(&bundle.plan);
+	kill_tree();
+	return finish(&bundle.plan);
+}
+
+int main(int argc, char **argv)
+{
+	if (argc >= 2 && strcmp(argv[1], "launch") == 0)
+		return launch_main(argc, argv);
+	if (argc == 2 && strcmp(argv[1], "version") == 0)
+		return printf("cloche-supervisor, frames %d\n", FRAME_VERSION) > 0 ? 0 : 1;
+	if (argc < 2 || strcmp(argv[1], "run") != 0 || !parse_options(argc, argv, &run.o)) {
+		fprintf(stderr, "usage: cloche-supervisor run|launch|version …\n");
+		return 2;
+	}
+	umask(022);
+	if (!own_descriptors() || !block_signals())
+		return 125;
+	return run_main();
+}
