@@ -44,6 +44,8 @@ class Capabilities:
     """Whether ``Box.output()`` may be called again after it ended early, giving the frames from the first one on."""
     max_bundle_bytes: int | None = None
     """The engine's own bound, None where it has none."""
+    runs: bool = True
+    """False: script execution is switched off, and every run is refused with ``sandbox-disabled``."""
 
 
 class FateKind(StrEnum):
@@ -124,4 +126,8 @@ class Backend(Protocol):
 
     async def sweep(self) -> Sequence[Leftover]:
         """Remove what the dead left; never a living run."""
+        ...
+
+    async def aclose(self) -> None:
+        """Give back what the backend itself holds (connections, locks). All its boxes are gone by then."""
         ...

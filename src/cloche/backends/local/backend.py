@@ -1,0 +1,263 @@
+"""The local backend: joins probe, manifest, cgroups and processes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import resources
+from pathlib import Path
+
+import anyio
+from anyio import to_thread
+
+from cloche.backends.contract import Box, Capabilities, Fate, FateKind, Leftover, Profile
+from cloche.backends.local import cgroup, client, interpreters, manifest, owners, probe
+from cloche.backends.local.manifest import Layout
+from cloche.errors import BackendUnavailable, ClocheError
+from cloche.isolation import Isolation, Posture
+from cloche.settings import Settings
+from cloche.spec import Limits
+from cloche.supervisor.binary import supervisor_path
+from cloche.supervisor.bundle import Bundle
+from cloche.supervisor.frames import Decoder, End, Fail, FrameError, Hardening
+
+log = logging.getLogger("cloche.local")
+
+TRIAL_TIMEOUT_S = 10.0
+FIRST_UID = 0x7000_0000
+UIDS = 2**24
+"""Host uids for the runs of a root cloche: above every range that distributions, systemd and container engines give out
+(systemd.io/UIDS-GIDS), below 2**31."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ground:
+    """What the trial showed: how boxes are made on this machine."""
+
+    bubblewrap: probe.Bubblewrap
+    flavour: cgroup.Flavour
+    layout: Layout
+    posture: Posture
+
+
+class LocalBox:
+    """One box: its processes and its cgroup."""
+
+    def __init__(self, process: client.BoxProcess, group: cgroup.Cgroup) -> None:
+        self._process = process
+        self._group = group
+        self._answered = False
+
+    async def feed(self, bundle: Bundle) -> None:
+        """Hand the bundle in through the supervisor's stdin."""
+        await self._process.feed(bundle.records())
+
+    async def output(self) -> AsyncIterator[bytes]:
+        """The supervisor's stdout."""
+        async for data in self._process.output():
+            self._answered = True
+            yield data
+
+    async def stop(self) -> None:
+        """SIGTERM to the supervisor."""
+        self._process.signal_supervisor(signal.SIGTERM)
+
+    async def fate(self) -> Fate:
+        """From the cgroup's own counter and bubblewrap's end."""
+        status = None
+        with anyio.move_on_after(client.GONE_TIMEOUT_S):
+            status = await self._process.wait()
+        if await to_thread.run_sync(self._group.oom_kills) > 0:
+            return Fate(FateKind.OOM_KILLED, "The box ran out of memory.")
+        message = await self._process.message() if status is not None else ""
+        if not self._answered:
+            return Fate(FateKind.NOT_STARTED, message or f"bubblewrap ended with status {status}.")
+        return Fate(FateKind.EXITED, message or f"The box's first process ended with status {status}.")
+
+
+class LocalBackend:
+    """Boxes made with bubblewrap on this machine.
+
+    ``settings`` is not used beyond what a profile brings; ``owner`` names this process instance.
+    """
+
+    def __init__(self, settings: Settings, owner: str) -> None:
+        self._settings = settings
+        self._owner_name = owner
+        self._owner: owners.Owner | None = None
+        self._ground: _Ground | None = None
+        self._refusal: Posture | None = None
+        self._interpreters: dict[str, interpreters.Interpreter] = {}
+
+    def capabilities(self) -> Capabilities:
+        """A box's output cannot be read twice: it is a pipe."""
+        return Capabilities(mode="local")
+
+    async def probe(self) -> Posture:
+        """Make one box that runs nothing but the supervisor's own version, and report what it had. Once per backend."""
+        if self._ground is None:
+            try:
+                await self._find_ground()
+            except ClocheError as exc:
+                return Posture("local", available=False, isolation=Isolation.NONE, reason=exc.message, hint=exc.hint)
+            except OSError as exc:
+                return Posture("local", available=False, isolation=Isolation.NONE, reason=str(exc), hint=probe.advice())
+        assert self._ground is not None
+        return self._ground.posture
+
+    async def _find_ground(self) -> None:
+        """Raises: BackendUnavailable."""
+        if (reason := probe.platform_reason()) is not None:
+            raise BackendUnavailable(reason, hint="Use the docker, kubernetes, opensandbox or remote mode.")
+        supervisor = str(supervisor_path())
+        found = await to_thread.run_sync(lambda: list(probe.candidates()))
+        if not found:
+            raise BackendUnavailable("There is no bubblewrap on this machine.", hint="Install the bubblewrap package.")
+        problem = ""
+        flavours = await to_thread.run_sync(lambda: list(cgroup.flavours()))
+        if self._owner is None:
+            self._owner = await to_thread.run_sync(self._become_owner, flavours)
+        for bubblewrap in found:
+            for flavour in flavours:
+                layout = await to_thread.run_sync(self._layout, bubblewrap, supervisor)
+                try:
+                    hardening = await self._trial(layout, flavour)
+                except (ClocheError, OSError) as exc:
+                    problem = exc.message if isinstance(exc, ClocheError) else str(exc)
+                    log.info("%s with cgroup %s: %s", bubblewrap.name, flavour.kind, problem)
+                    continue
+                self._ground = self._settle(bubblewrap, flavour, layout, hardening)
+                return
+        raise BackendUnavailable(f"No box could be made with {found[-1].name}: {problem}", hint=probe.advice())
+
+    def _become_owner(self, flavours: Sequence[cgroup.Flavour]) -> owners.Owner:
+        owner = owners.Owner(owners.state_folder(), self._owner_name)
+        for folder in {root for flavour in flavours for root in flavour.roots.values() if flavour.kind != "systemd"}:
+            owner.note(folder)
+        return owner
+
+    def _layout(self, bubblewrap: probe.Bubblewrap, supervisor: str) -> Layout:
+        """What is the same for all boxes of this process."""
+        links, binds = [], []
+        for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
+            path = Path("/", name)
+            if path.is_symlink():
+                links.append((str(path), str(path.readlink())))
+            elif path.is_dir():
+                binds.append(manifest.Bind(str(path), str(path)))
+        shelf = None
+        if os.geteuid() == 0:
+            folder = owners.state_folder() / "shelf"
+            folder.mkdir(mode=0o755, exist_ok=True)
+            shelf = str(folder)
+        return Layout(
+            bwrap=bubblewrap.path,
+            bwrap_folder=bubblewrap.folder,
+            supervisor=supervisor,
+            etc=str(resources.files("cloche.backends.local") / "etc"),
+            cgroup=manifest.CgroupPlan(),
+            parent_pid=os.getpid(),
+            shelf=shelf,
+            root_links=tuple(links),
+            binds=tuple(binds),
+            private_nproc=probe.has_private_nproc(platform.release()),
+        )
+
+    async def _trial(self, layout: Layout, flavour: cgroup.Flavour) -> Hardening:
+        """Raises: BackendUnavailable with what stood in the way."""
+        limits = Limits(timeout_s=TRIAL_TIMEOUT_S, pids=16, output_bytes=4096)
+        expiry = time.time() + TRIAL_TIMEOUT_S
+        profile = Profile(run_id=f"trial{secrets.token_hex(4)}", owner=self._owner_name, expires_at=expiry, limits=limits)
+        bundle = Bundle(argv=[manifest.SUPERVISOR_IN_BOX, "version"], env={}, limits=limits)
+        decoder, last = Decoder(), None
+        with anyio.fail_after(TRIAL_TIMEOUT_S):
+            async with self._box(profile, layout, flavour) as box:
+                await box.feed(bundle)
+                try:
+                    async for data in box.output():
+                        for last in decoder.feed(data):
+                            pass
+                except FrameError as exc:
+                    raise BackendUnavailable(f"The trial box gave no frames: {exc}.") from exc
+                if isinstance(last, End) and last.exit_code == 0:
+                    return last.hardening
+                reason = last.message if isinstance(last, Fail) else (await box.fate()).message
+        raise BackendUnavailable(reason)
+
+    def _settle(self, bubblewrap: probe.Bubblewrap, flavour: cgroup.Flavour, layout: Layout, seen: Hardening) -> _Ground:
+        nproc = layout.private_nproc or layout.shelf is not None
+        posture = Posture(
+            "local",
+            available=True,
+            isolation=Isolation.NAMESPACE,
+            engine=bubblewrap.name,
+            guarantees=probe.guarantees(seen, flavour, own_uid=layout.shelf is not None, nproc=nproc),
+        )
+        return _Ground(bubblewrap, flavour, layout, posture)
+
+    @contextlib.asynccontextmanager
+    async def open(self, profile: Profile) -> AsyncIterator[Box]:
+        """Make a box and start its supervisor.
+
+        Raises (on entering):
+            BackendUnavailable: no box can be made here.
+            InterpreterMissing: the host does not have the profile's interpreter.
+        """
+        posture = await self.probe()
+        if self._ground is None:
+            raise BackendUnavailable(posture.reason, hint=posture.hint)
+        layout = self._ground.layout
+        if profile.interpreter is not None:
+            found = self._interpreters.get(profile.interpreter)
+            if found is None:
+                found = await to_thread.run_sync(interpreters.find, profile.interpreter)
+                self._interpreters[profile.interpreter] = found
+            program = None if found.path is None else (found.name, found.path)
+            layout = replace(layout, binds=layout.binds + found.binds, program=program)
+        async with self._box(profile, layout, self._ground.flavour) as box:
+            yield box
+
+    @contextlib.asynccontextmanager
+    async def _box(self, profile: Profile, layout: Layout, flavour: cgroup.Flavour) -> AsyncIterator[LocalBox]:
+        group = await to_thread.run_sync(cgroup.create, flavour, profile)
+        try:
+            uid = FIRST_UID + secrets.randbelow(UIDS) if os.geteuid() == 0 else None
+            layout = replace(layout, cgroup=group.plan, host_uid=uid)
+            env = dict(os.environ) if flavour.kind == "systemd" else {}
+            async with client.start(partial(manifest.argv, profile, layout), env) as process:
+                yield LocalBox(process, group)
+        finally:
+            with anyio.CancelScope(shield=True):
+                for folder in await to_thread.run_sync(cgroup.remove, group.folders):
+                    log.warning("the cgroup %s could not be removed; it is left to sweep", folder)
+
+    async def sweep(self) -> Sequence[Leftover]:
+        """Remove what dead owners left: cgroups, and the processes in them."""
+        return await to_thread.run_sync(_sweep)
+
+    async def aclose(self) -> None:
+        """Give up the owner's lock."""
+        if self._owner is not None:
+            self._owner.close()
+            self._owner = None
+        self._ground = None
+
+
+def _sweep() -> list[Leftover]:
+    swept: list[Leftover] = []
+    if probe.platform_reason() is not None:
+        return swept
+    for owner, roots in owners.dead(owners.state_folder()):
+        for root in roots:
+            folders = list(root.glob(f"{cgroup.name_prefix(owner)}*"))
+            left = set(cgroup.remove(folders))
+            swept += [Leftover("cgroup", str(f), removed=f not in left, reason=f"owner {owner} is dead") for f in folders]
+    return swept

@@ -1,0 +1,181 @@
+"""Profile and layout → the argument vector of one box. Pure.
+
+The vector is three programs, each becoming the next: ``launch`` (the supervisor's file in its other role: cgroups, uid,
+parent's death), bubblewrap (namespaces and mounts), and the supervisor as PID 1. Nothing of the script stands in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from cloche.backends.contract import Profile
+from cloche.spec import Limits, Network
+
+BOX_UID = 1000
+"""The script's uid as the box sees it; on the host it is cloche's own, or one of the run's own when cloche is root."""
+SUPERVISOR_IN_BOX = "/run/cloche/supervisor"
+WRITABLE_CAP_BYTES = 64 * 2**20
+WRITABLES = ("/output", "/tmp", "/dev/shm")
+WORKSPACE_SLACK_BYTES = 64 * 2**20
+"""Beside the bundle itself: /workspace is written by the supervisor alone, then sealed, and small files round up."""
+INODES = 65536
+"""Of each writable mount; an empty file costs the kernel about 1 KiB that no size bounds."""
+OVERHEAD_BYTES = 8 * 2**20
+"""What the supervisor itself may take of the box's memory, beside the rings for the output's tail."""
+DEVICES = ("null", "zero", "full", "random", "urandom")
+SYSTEM_FILES = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "ssl/certs", "ca-certificates", "pki")
+"""Below /etc: what the loader needs, what /usr's links lead to, and public certificates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """A path of the host shown read-only in the box."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupPlan:
+    """How the box's cgroup is entered and shown: the files that take its processes, and its own counters."""
+
+    procs: tuple[str, ...] = ()
+    shown: tuple[Bind, ...] = ()
+    prefix: tuple[str, ...] = ()
+    """What starts everything, where a service manager makes the cgroup."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a cgroup bounds the box at all."""
+        return bool(self.procs or self.prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What of this host goes into a box."""
+
+    bwrap: str
+    bwrap_folder: str | None
+    """The folder that holds a bundled bubblewrap and its libraries; None: the system's."""
+    supervisor: str
+    etc: str
+    """Folder with the box's own passwd, group, hosts and nsswitch.conf."""
+    cgroup: CgroupPlan
+    parent_pid: int
+    host_uid: int | None = None
+    """A uid of the run's own, when cloche is root; None: stay who we are."""
+    shelf: str | None = None
+    """Folder on which the launcher lays what ``host_uid`` could not reach by itself; needs root."""
+    root_links: tuple[tuple[str, str], ...] = ()
+    """Links of the host's root folder that lead into /usr: path and target."""
+    binds: tuple[Bind, ...] = ()
+    """What the interpreter needs beside /usr, and folders such as /lib on hosts where they are no links."""
+    program: tuple[str, str] | None = None
+    """The interpreter's bare name and its path, when it is not on the box's PATH."""
+    private_nproc: bool = False
+    """Whether RLIMIT_NPROC counts this box alone (a user namespace's own count: Linux 5.14)."""
+
+
+def writable_bytes(limits: Limits) -> int:
+    """Size of each writable mount: 64 MiB, and all together at most half the box's memory."""
+    return min(WRITABLE_CAP_BYTES, limits.memory_bytes // 2 // len(WRITABLES))
+
+
+def memory_limit_bytes(profile: Profile) -> int:
+    """What the cgroup allows: the script's memory, and beside it what cloche itself puts into the box."""
+    return profile.limits.memory_bytes + profile.bundle_bytes + profile.limits.output_bytes // 2 + OVERHEAD_BYTES
+
+
+def argv(profile: Profile, layout: Layout, status_fd: int) -> list[str]:
+    """The whole vector. ``status_fd`` is where bubblewrap writes the supervisor's pid as JSON."""
+    shelf = _Shelf(layout.shelf)
+    bwrap = layout.bwrap
+    if layout.bwrap_folder and layout.shelf:
+        # The folder of a bundled bubblewrap is shown whole, since its libraries are found beside it.
+        inside = PurePosixPath(layout.bwrap).relative_to(layout.bwrap_folder)
+        bwrap = f"{shelf.path(layout.bwrap_folder)}/{inside}"
+    box = [bwrap, *_namespaces(profile), "--json-status-fd", str(status_fd), *_mounts(profile, layout, shelf)]
+    return [*layout.cgroup.prefix, *_launch(layout, shelf), "--", *box, "--", *_supervisor(profile, layout)]
+
+
+class _Shelf:
+    """Numbers what the launcher is to show; without a shelf a path is its own."""
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = folder
+        self.shown: list[str] = []
+
+    def path(self, source: str) -> str:
+        if self.folder is None:
+            return source
+        if source not in self.shown:
+            self.shown.append(source)
+        return f"{self.folder}/{self.shown.index(source)}"
+
+
+def _launch(layout: Layout, shelf: _Shelf) -> Iterator[str]:
+    yield from (layout.supervisor, "launch", "--parent", str(layout.parent_pid))
+    for procs in layout.cgroup.procs:
+        yield from ("--procs", procs)
+    if shelf.folder is not None:
+        yield from ("--shelf", shelf.folder)
+        for source in shelf.shown:
+            yield from ("--show", source)
+    if layout.host_uid is not None:
+        yield from ("--uid", str(layout.host_uid), "--gid", str(layout.host_uid))
+
+
+def _namespaces(profile: Profile) -> Iterator[str]:
+    yield from ("--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try")
+    if profile.network is Network.NONE:
+        yield "--unshare-net"
+    yield from ("--hostname", "cloche", "--uid", str(BOX_UID), "--gid", str(BOX_UID))
+    yield from ("--as-pid-1", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL")
+    # For the supervisor alone, inside the box's own user namespace: to seal /workspace after it has been filled, and then
+    # to empty the bounding set. It drops both before the script exists.
+    yield from ("--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SETPCAP")
+
+
+def _mounts(profile: Profile, layout: Layout, shelf: _Shelf) -> Iterator[str]:
+    yield from ("--ro-bind-try", "/usr", "/usr")
+    for path, target in layout.root_links:
+        yield from ("--symlink", target, path)
+    for name in SYSTEM_FILES:
+        yield from ("--ro-bind-try", f"/etc/{name}", f"/etc/{name}")
+    for name in ("passwd", "group", "nsswitch.conf"):
+        yield from ("--ro-bind", shelf.path(f"{layout.etc}/{name}"), f"/etc/{name}")
+    if profile.network is Network.NONE:
+        yield from ("--ro-bind", shelf.path(f"{layout.etc}/hosts"), "/etc/hosts")
+    else:
+        for name in ("hosts", "resolv.conf"):
+            yield from ("--ro-bind-try", f"/etc/{name}", f"/etc/{name}")
+    yield from ("--proc", "/proc", "--tmpfs", "/dev")
+    for name in DEVICES:
+        yield from ("--dev-bind", f"/dev/{name}", f"/dev/{name}")
+    # bubblewrap's own --dev would mount a devpts, for which it needs a second user namespace; the box's mounts would then
+    # belong to the first one, and the supervisor could not seal the workspace.
+    for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
+        yield from ("--symlink", f"/proc/self/fd{target}", f"/dev/{name}")
+    size = str(writable_bytes(profile.limits))
+    for path_in_box in WRITABLES:
+        yield from ("--size", size, "--tmpfs", path_in_box)
+    yield from ("--size", str(profile.bundle_bytes + WORKSPACE_SLACK_BYTES), "--tmpfs", "/workspace")
+    yield from ("--ro-bind", shelf.path(layout.supervisor), SUPERVISOR_IN_BOX)
+    for bind in (*layout.binds, *layout.cgroup.shown):
+        source = bind.source if bind in layout.cgroup.shown else shelf.path(bind.source)
+        yield from ("--ro-bind", source, bind.target)
+    yield from ("--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/")
+
+
+def _supervisor(profile: Profile, layout: Layout) -> Sequence[str]:
+    command = [SUPERVISOR_IN_BOX, "run", "--seal", "--inodes", str(INODES)]
+    command += ["--fsize", str(max(WRITABLE_CAP_BYTES, profile.limits.memory_bytes))]
+    if not layout.cgroup.bounded:
+        command += ["--memory-watch", str(profile.limits.memory_bytes)]
+        if layout.private_nproc or layout.host_uid is not None:
+            command += ["--nproc", str(profile.limits.pids)]
+    if layout.program is not None:
+        command += ["--program", layout.program[0], "--program-path", layout.program[1]]
+    return command
