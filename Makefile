@@ -14,7 +14,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.14 python3.12 py
 C_SOURCES := $(wildcard src/cloche/supervisor/c/*.[ch])
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types imports docs bench supervisor supervisor-all sanitize wheel clean
+.PHONY: help setup demo test lint format types imports docs bench supervisor supervisor-all sanitize wheel wheel-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ sanitize: $(VENV)/.ready ## the supervisor's own tests under sanitizers, and its
 wheel: $(VENV)/.ready ## build sdist and wheel for publishing, with both architectures, into dist/
 	rm -rf dist
 	CLOCHE_BUILD_ARCHS=all $(BIN)/python -m build --outdir dist
+
+wheel-check: setup wheel ## build them, and test what was built: contents, installs, a run of each
+	CLOCHE_BUILD_DIST=dist $(BIN)/python -m pytest tests/packaging $(PYTEST_ARGS)
 
 clean: ## remove all that was made here
 	rm -rf $(VENV) build dist src/cloche/supervisor/bin .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
