@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, assert_never, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
-from typing_extensions import TypedDict, assert_never
+from typing_extensions import TypedDict
 
 from cloche.errors import ClocheError
 from cloche.events import Artifact, Event, Finished, Outcome, Output, Started, Usage
@@ -30,6 +30,12 @@ class Timings(TypedDict):
     """Removing the box. None when the result was handed out before."""
     total: float | None
     """From the call to the result, the cleanup included if it was waited for."""
+
+
+def timings(**known: float | None) -> Timings:
+    """Timings with the phases that are known, in milliseconds; the others are None."""
+    phases = ("queued", "prepare", "start", "run", "collect", "cleanup", "total")
+    return cast("Timings", {name: known.get(name) for name in phases})
 
 
 class ErrorInfo(BaseModel):
@@ -117,7 +123,7 @@ class Result(BaseModel):
     """The level in force. None when no box was chosen."""
     fallback_from: str | None = None
     """The mode that was asked for, when another one ran it."""
-    timings_ms: Timings = Field(default_factory=lambda: timings())
+    timings_ms: Timings = Field(default_factory=timings)
     usage: Usage = Field(default_factory=Usage)
     error: ErrorInfo | None = None
 
@@ -166,6 +172,10 @@ class Result(BaseModel):
         names = ", ".join(a.path for a in self.artifacts) or "none"
         raise KeyError(f"no artifact {path!r}; collected: {names}")
 
+    def _with_raw(self, stdout: bytes, stderr: bytes) -> Result:
+        self._stdout_raw, self._stderr_raw = stdout, stderr
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, the same on the command line and over HTTP. Holds text, numbers, lists and dicts only."""
         out = {name: getattr(self, name) for name in type(self).model_fields}
@@ -190,12 +200,6 @@ class Result(BaseModel):
         if self.error is not None:
             _raise(self.error)
         return self
-
-
-def timings(**known: float | None) -> Timings:
-    """Timings with the phases that are known, in milliseconds; the others are None."""
-    phases = ("queued", "prepare", "start", "run", "collect", "cleanup", "total")
-    return Timings(**{name: known.get(name) for name in phases})  # type: ignore[typeddict-item]
 
 
 class Fold:
@@ -281,15 +285,13 @@ class Fold:
 
     def _make(self, **fields: Any) -> Result:
         stdout, stderr = bytes(self._stdout), bytes(self._stderr)
-        result = Result(
+        return Result(  # noqa: SLF001 (the fold is the other half of this class)
             **self._identity,
             stdout=stdout.decode("utf-8", "replace"),
             stderr=stderr.decode("utf-8", "replace"),
             artifacts=tuple(self._artifacts),
             **fields,
-        )
-        result._stdout_raw, result._stderr_raw = stdout, stderr
-        return result
+        )._with_raw(stdout, stderr)
 
 
 def _valid_text(text: str) -> str:

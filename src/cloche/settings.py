@@ -19,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     ModelWrapValidatorHandler,
     SecretStr,
     ValidationError,
@@ -44,8 +45,7 @@ _MAX_BYTES = 2**40
 
 
 class Mode(StrEnum):
-    """The ways to run a script that have a name. Which of them this version can use is the table's word
-    (:mod:`cloche.backends`)."""
+    """The ways to run a script that have a name. Which of them this version has, :mod:`cloche.backends` tells."""
 
     DISABLED = "disabled"
     LOCAL = "local"
@@ -56,9 +56,9 @@ class Mode(StrEnum):
     AUTO = "auto"
 
 
-_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(h|ms|m|s|us|µs|ns)")  # noqa: RUF001 (Go prints the micro sign)
+_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(h|ms|m|s|us|µs|ns)")
 _DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+")
-_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}  # noqa: RUF001
+_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 
 
 def parse_duration(value: Any) -> Any:
@@ -124,7 +124,7 @@ def _setting(
     default: Any, about: str, *, allowed: str, unset: str = "", why: str, alias: tuple[str, ...] = (), **bounds: Any
 ) -> Any:
     """One setting. ``allowed`` completes the sentence "allowed is …" in the error for a broken value."""
-    extra = {"allowed": allowed, "unset": unset, "why": why, "aliases": list(alias)}
+    extra: dict[str, JsonValue] = {"allowed": allowed, "unset": unset, "why": why, "aliases": [*alias]}
     return Field(default=default, description=about, json_schema_extra=extra, **bounds)
 
 

@@ -1,0 +1,11 @@
+"""What turns a spec into events: choosing the backend, the queue, the deadline, the box's life.
+
+The runtime asks nobody which engine it holds; what differs is declared in the backend's capabilities.
+"""
+
+from __future__ import annotations
+
+from cloche.runtime.runtime import Sandbox, new_run_id
+from cloche.runtime.sync import run
+
+__all__ = ["Sandbox", "new_run_id", "run"]

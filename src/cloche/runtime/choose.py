@@ -1,0 +1,103 @@
+"""Which backend runs the scripts: the one of the settings, or ``local`` in its place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import anyio
+
+from cloche.backends import BackendFactory
+from cloche.backends.contract import Backend, Capabilities
+from cloche.errors import BackendUnavailable, IsolationUnavailable
+from cloche.isolation import Isolation, Posture
+from cloche.settings import Mode, Settings
+
+CLOSE_S = 5.0
+"""How long a backend may take to give back what it holds."""
+
+_log = logging.getLogger("cloche.runtime")
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The backend in use, what it gives here, and whose place it takes."""
+
+    backend: Backend
+    capabilities: Capabilities
+    posture: Posture
+    fallback_from: str | None = None
+
+
+async def choose(settings: Settings, owner: str, table: Mapping[str, BackendFactory]) -> Chosen:
+    """Probe the chosen mode's backend; where it is unavailable, take ``local``, as far as the settings allow it.
+
+    Raises:
+        BackendUnavailable: the mode's engine cannot be used, and nothing may take its place.
+        IsolationUnavailable: what could take its place is below the isolation floor.
+    """
+    mode = settings.mode
+    if mode not in table:
+        raise BackendUnavailable(
+            f"This version of cloche has no mode {mode}.",
+            hint=f"Set CLOCHE_MODE to one of those that it has: {', '.join(table)}.",
+        )
+    chosen = await _probe(settings, owner, table[mode])
+    if chosen.posture.available or not chosen.capabilities.runs:
+        return chosen
+    await let_go(chosen.backend)
+    return await _in_its_place(settings, owner, table, chosen.posture)
+
+
+async def let_go(backend: Backend) -> None:
+    """Close a backend that makes no more boxes. What goes wrong is logged."""
+    with anyio.move_on_after(CLOSE_S, shield=True):
+        try:
+            await backend.aclose()
+        except Exception:  # noqa: BLE001 (an engine may fail in any way; nobody waits for this)
+            _log.exception("the backend of the mode %s could not be closed", backend.capabilities().mode)
+
+
+async def _in_its_place(
+    settings: Settings, owner: str, table: Mapping[str, BackendFactory], posture: Posture
+) -> Chosen:
+    mode = settings.mode
+    reason = f"The mode {mode} is unavailable: {_sentence(posture.reason)}"
+    if not settings.fallback or mode is Mode.LOCAL or Mode.LOCAL not in table:
+        raise BackendUnavailable(reason, hint=posture.hint or None)
+    instead = await _probe(settings, owner, table[Mode.LOCAL])
+    local = instead.posture
+    if not local.available or local.isolation < settings.min_isolation:
+        await let_go(instead.backend)
+        if local.available:
+            raise IsolationUnavailable(f"{reason} {_below(local, settings.min_isolation)}", hint=posture.hint or None)
+        raise BackendUnavailable(
+            f"{reason} The fallback, local, is unavailable too: {_sentence(local.reason)}", hint=posture.hint or None
+        )
+    _log.warning("%s Scripts run in the mode local instead.", reason)
+    return replace(instead, fallback_from=str(mode))
+
+
+def check_floor(posture: Posture, floor: Isolation) -> None:
+    """Refuse a run that would get less isolation than it must have.
+
+    Raises:
+        IsolationUnavailable: the level is below ``floor``.
+    """
+    if posture.isolation < floor:
+        raise IsolationUnavailable(_below(posture, floor), hint=posture.hint or None)
+
+
+async def _probe(settings: Settings, owner: str, factory: BackendFactory) -> Chosen:
+    backend = factory(settings, owner)
+    return Chosen(backend, backend.capabilities(), await backend.probe())
+
+
+def _below(posture: Posture, floor: Isolation) -> str:
+    why = f": {_sentence(posture.reason)}" if posture.reason else "."
+    return f"The mode {posture.mode} gives the isolation {posture.isolation} here, and {floor} is required{why}"
+
+
+def _sentence(text: str) -> str:
+    return text.rstrip(". ") + "."

@@ -1,0 +1,305 @@
+"""One run, from the queue to the removal of its box. Driven by a task of the sandbox; its caller listens.
+
+The order of scopes is what this module is about. ``_life`` is around everything; while the run waits, reads and opens its
+box, cancelling it ends the run. ``_talk`` is around the conversation with the box and holds the deadline. Once the
+conversation is over, ``_life`` turns into the shield behind which the box is removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+import anyio
+import anyio.to_thread
+
+from cloche.backends.contract import Box, FateKind, Profile
+from cloche.errors import BackendUnavailable, EngineLost, ImageUnavailable, StartTimeout, Unschedulable
+from cloche.events import Event, Finished, Outcome, Started
+from cloche.runtime.admission import Admission
+from cloche.runtime.assemble import Assembler
+from cloche.runtime.choose import Chosen
+from cloche.runtime.deadline import Deadline
+from cloche.runtime.delivery import Bounds, Delivery, deliver
+from cloche.runtime.reading import read_frames
+from cloche.settings import Settings, resolve
+from cloche.spec import Spec
+from cloche.supervisor.bundle import Bundle
+from cloche.supervisor.frames import Start
+
+REMOVAL_S = 30.0
+"""A backend bounds its own removal; this is for one that does not. What is left then is sweep's."""
+CLOCK_SKEW_S = 60.0
+"""How far the clocks of two machines may be apart before one takes the other's living box for a dead one's."""
+
+_log = logging.getLogger("cloche.runtime")
+
+
+@dataclass(slots=True)
+class Counters:
+    """What went wrong where nobody waits for it."""
+
+    removals_failed: int = 0
+    sweeps_failed: int = 0
+    swept: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """What all runs of a sandbox share."""
+
+    settings: Settings
+    chosen: Chosen
+    owner: str
+    admission: Admission
+    counters: Counters = field(default_factory=Counters)
+
+
+class Run:
+    """One run. ``events`` gives what happens, then ends; when it ended without ``Finished``, ``error`` says why."""
+
+    def __init__(self, house: House, spec: Spec, run_id: str, *, wait_cleanup: bool) -> None:
+        self.run_id = run_id
+        self.error: Exception | None = None
+        self.settled = False
+        """Whether the result, or the error, is known and handed out."""
+        self.gone = anyio.Event()
+        """Set when the box is removed and the place is free."""
+        self._house = house
+        self._spec = spec
+        self._wait_cleanup = wait_cleanup
+        self._limits = resolve(spec, house.settings)
+        chosen = house.chosen
+        self._started = Started(run_id, chosen.posture.mode, chosen.posture.isolation, chosen.fallback_from)
+        self._assembler = Assembler(self._limits, self._started)
+        self._deadline = Deadline(self._limits, math.inf, 0.0)
+        # Never full: the assembler bounds what a run can send, and a caller who is slow must not stop the clock.
+        self._send, self._receive = anyio.create_memory_object_stream[Event](math.inf)
+        self._life = anyio.CancelScope()
+        self._talk: anyio.CancelScope | None = None
+        self._box: Box | None = None
+        self._leaving = False
+        self._cancelled = False
+        self._feed_error: Exception | None = None
+        self._ending: Finished | Exception | None = None
+        self._begun = self._mark = time.perf_counter()
+        self._timings: dict[str, float | None] = {}
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """What happens, until the run is settled."""
+        with self._receive:
+            async for event in self._receive:
+                yield event
+
+    async def drive(self) -> None:
+        """The whole run. Raises nothing of its own: what goes wrong is handed to the listener."""
+        try:
+            with self._life:
+                async with self._house.admission.place():
+                    self._lap("queued")
+                    await self._with_place()
+            if self._ending is not None:
+                self._settle(self._ending)
+            elif self._life.cancelled_caught and not self._cancelled:
+                self._settle(self._too_slow())
+        except Exception as exc:  # noqa: BLE001 (it is the listener's, whatever it is, and must not end other runs)
+            self._settle(exc)
+        finally:
+            if not self.settled:
+                self._settle(self._cut(Outcome.CANCELLED))
+            self.gone.set()
+
+    async def stop(self) -> None:
+        """End the run as cancelled: by the supervisor when it can still be asked, else by killing the box."""
+        self._cancelled = True
+        if self._box is None or self._talk is None:
+            self.kill()
+        elif not self._leaving:
+            self._deadline.stop(anyio.current_time())
+            self._talk.deadline = self._deadline.at
+            try:
+                await self._box.stop()
+            except Exception:  # noqa: BLE001 (an engine may fail in any way; then the box is killed)
+                _log.exception("run %s could not be asked to stop; its box is killed", self.run_id)
+                self.kill()
+
+    def kill(self) -> None:
+        """End the run as cancelled, at once. Removal goes on."""
+        self._cancelled = True
+        if not self._leaving:
+            (self._talk or self._life).cancel()
+
+    async def _with_place(self) -> None:
+        delivery = await self._deliver()
+        self._lap("prepare")
+        limits, settings = self._limits, self._house.settings
+        self._deadline = Deadline(limits, settings.start_timeout, anyio.current_time())
+        self._life.deadline = self._deadline.at
+        longest = settings.start_timeout + limits.timeout_s + limits.grace_s + CLOCK_SKEW_S
+        await self._in_box(
+            Profile(
+                run_id=self.run_id,
+                owner=self._house.owner,
+                expires_at=time.time() + longest,
+                limits=limits,
+                network=self._spec.network,
+                image=self._spec.image or settings.image,
+                bundle_bytes=delivery.bundle.payload_bytes,
+                interpreter=delivery.interpreter,
+            ),
+            delivery.bundle,
+        )
+
+    async def _deliver(self) -> Delivery:
+        settings, capabilities = self._house.settings, self._house.chosen.capabilities
+        workspace_bytes = settings.workspace_bytes(capabilities.mode)
+        if capabilities.max_bundle_bytes is not None:
+            workspace_bytes = min(workspace_bytes, capabilities.max_bundle_bytes)
+        bounds = Bounds(settings.max_script_bytes, workspace_bytes)
+        if self._spec.workspace is None:
+            # One small file: reading it takes less than handing it to a thread.
+            return deliver(self._spec, self._limits, bounds)
+        return await anyio.to_thread.run_sync(deliver, self._spec, self._limits, bounds, abandon_on_cancel=True)
+
+    async def _in_box(self, profile: Profile, bundle: Bundle) -> None:
+        remove_by = math.inf
+        try:
+            async with self._house.chosen.backend.open(profile) as self._box:
+                self._life.deadline = math.inf
+                try:
+                    self._ending = await self._converse(self._box, bundle)
+                finally:
+                    self._leaving = True
+                    self._life.deadline = remove_by = anyio.current_time() + REMOVAL_S
+                    self._life.shield = True
+                if not self._wait_cleanup:
+                    self._settle(self._ending)
+                self._mark = time.perf_counter()
+        except Exception as exc:  # what fails in removal is counted and left to sweep
+            if not self._leaving:
+                raise
+            self._removal_failed(repr(exc))
+        finally:
+            if self._leaving and anyio.current_time() >= remove_by:
+                self._removal_failed(f"it took longer than {REMOVAL_S:g} s")
+            self._life.shield = False
+            self._lap("cleanup")
+
+    def _removal_failed(self, why: str) -> None:
+        self._house.counters.removals_failed += 1
+        _log.error("the box of run %s was not removed and is left to sweep: %s", self.run_id, why)
+
+    async def _converse(self, box: Box, bundle: Bundle) -> Finished | Exception:
+        """Feed the box and listen to it, until its end, its deadline, or a kill."""
+        ending: Finished | Exception | None = None
+        with anyio.CancelScope(deadline=self._deadline.at) as self._talk:
+            async with anyio.create_task_group() as both:
+                both.start_soon(self._feed, box, bundle, both.cancel_scope)
+                ending = await self._listen(box)
+                both.cancel_scope.cancel()
+        ending = ending or self._feed_error
+        if self._cancelled and not isinstance(ending, Finished):
+            return self._cut(Outcome.CANCELLED)
+        if ending is None:
+            return self._cut(Outcome.TIMED_OUT) if self._deadline.started_at is not None else self._too_slow()
+        return ending
+
+    async def _feed(self, box: Box, bundle: Bundle, both: anyio.CancelScope) -> None:
+        try:
+            await box.feed(bundle)
+        except Exception as exc:  # noqa: BLE001 (an exception group is no error of cloche's)
+            self._feed_error = exc
+            both.cancel()
+
+    async def _listen(self, box: Box) -> Finished | Exception:
+        replayable = self._house.chosen.capabilities.replayable
+        try:
+            async with aclosing(read_frames(box, replayable=replayable)) as frames:
+                async for frame in frames:
+                    if isinstance(frame, Start):
+                        self._script_started()
+                    for event in self._assembler.add(frame):
+                        if isinstance(event, Finished):
+                            self._script_ended(event.run_ms)
+                            return event
+                        self._emit(event)
+            return await self._without_last_frame(box)
+        except Exception as exc:  # noqa: BLE001 (an exception group is no error of cloche's)
+            return exc
+
+    def _script_started(self) -> None:
+        self._deadline.start(anyio.current_time())
+        self._lap("start")
+        if self._talk is not None:
+            self._talk.deadline = self._deadline.at
+
+    def _script_ended(self, run_ms: float) -> None:
+        self._lap("collect")
+        since_start = self._timings["collect"] or 0.0
+        self._timings["run"] = run_ms
+        self._timings["collect"] = max(0.0, round(since_start - run_ms, 3))
+
+    async def _without_last_frame(self, box: Box) -> Finished | Exception:
+        """What the engine's word makes of a run whose output ended too early."""
+        fate = await box.fate()
+        said = f" The engine says: {fate.message.rstrip('.')}." if fate.message else ""
+        match fate.kind:
+            case FateKind.NOT_STARTED:
+                return BackendUnavailable(f"The engine could not make the box.{said}")
+            case FateKind.OOM_KILLED:
+                return self._cut(Outcome.OUT_OF_MEMORY)
+            case FateKind.IMAGE:
+                return ImageUnavailable(f"The engine cannot have the image.{said}")
+            case FateKind.UNSCHEDULABLE:
+                return Unschedulable(f"The engine found no place for the box.{said}")
+            case FateKind.LOST:
+                return EngineLost(f"The connection to the box was lost.{said}", retryable=True)
+            case FateKind.EXITED:
+                return EngineLost(f"The box ended without a word on how the script ended.{said}")
+            case FateKind.EVICTED:
+                return EngineLost(f"The box was evicted before the script ended.{said}")
+            case FateKind.DELETED:
+                return EngineLost(f"The box was deleted before the script ended.{said}")
+
+    def _cut(self, outcome: Outcome) -> Finished:
+        started = self._deadline.started_at
+        run_ms = 0.0 if started is None else round((anyio.current_time() - started) * 1000, 3)
+        if started is not None:
+            self._timings["run"] = run_ms
+        *before, last = self._assembler.cut_short(outcome, run_ms)
+        for event in before:
+            self._emit(event)
+        assert isinstance(last, Finished)
+        return last
+
+    def _too_slow(self) -> StartTimeout:
+        return StartTimeout(
+            f"The box was not ready within {self._house.settings.start_timeout:g} s.",
+        )
+
+    def _settle(self, ending: Finished | Exception) -> None:
+        """Hand out the result or the error, once."""
+        if self.settled:
+            return
+        self.settled = True
+        if isinstance(ending, Finished):
+            self._timings["total"] = round((time.perf_counter() - self._begun) * 1000, 3)
+            self._emit(replace(ending, timings_ms=self._timings.copy()))
+        else:
+            self.error = ending
+        self._send.close()
+
+    def _emit(self, event: Event) -> None:
+        try:
+            self._send.send_nowait(event)
+        except anyio.BrokenResourceError:
+            _log.debug("nobody listens to run %s any more", self.run_id)
+
+    def _lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._timings[phase] = round((now - self._mark) * 1000, 3)
+        self._mark = now

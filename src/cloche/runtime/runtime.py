@@ -1,0 +1,222 @@
+"""The sandbox: holds the chosen backend, and drives runs on it."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from types import TracebackType
+from typing import Self
+
+import anyio
+from anyio.abc import TaskGroup
+
+from cloche.backends import TABLE, BackendFactory
+from cloche.errors import InvalidSpec, SandboxDisabled
+from cloche.events import Event, Finished
+from cloche.isolation import Posture
+from cloche.result import Fold, Result
+from cloche.runtime.admission import Admission
+from cloche.runtime.choose import Chosen, check_floor, choose, let_go
+from cloche.runtime.run import Counters, House, Run
+from cloche.runtime.sweep import sweep
+from cloche.settings import Settings
+from cloche.spec import Spec
+
+KILL_WAIT_S = 10.0
+"""How long a caller who gives up waits for his box to be gone. Removal goes on after it."""
+SWEEP_WAIT_S = 5.0
+"""How long closing waits for the sweep: processes that live for one run must get to it too."""
+
+_RUN_ID = re.compile(r"[a-z][a-z0-9-]{0,30}[a-z0-9]")
+
+
+def new_run_id() -> str:
+    """A name for a run: unique, sorted by time, and fit for a label, a file and an address."""
+    return f"r{int(time.time() * 1000):011x}{secrets.token_hex(6)}"
+
+
+class Sandbox:
+    """Runs scripts in isolation, on the engine that the settings choose.
+
+    Use it as an async context: entering probes the engine (and falls back to ``local`` where that is allowed), leaving
+    waits until every box is removed. One sandbox serves many runs at a time.
+
+    ``backends`` replaces the table of modes, for engines that are not part of cloche and for tests.
+
+    Raises (on entering):
+        BackendUnavailable, IsolationUnavailable: no engine can be used as the settings want it.
+    """
+
+    def __init__(self, settings: Settings | None = None, *, backends: Mapping[str, BackendFactory] = TABLE) -> None:
+        self.settings = Settings() if settings is None else settings
+        self.owner = f"o{secrets.token_hex(8)}"
+        """Stands on every box that this sandbox makes."""
+        self._table = backends
+        self._house: House | None = None
+        self._group: TaskGroup | None = None
+        self._runs: dict[str, Run] = {}
+        self._swept = anyio.Event()
+        self._closed = False
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Sandbox:
+        """A sandbox with the settings of the environment (None: this process's).
+
+        Raises:
+            InvalidSettings: a variable is unknown or not allowed.
+        """
+        return cls(Settings.from_env(environ))
+
+    async def __aenter__(self) -> Self:
+        if self._house is not None or self._closed:
+            raise RuntimeError("a sandbox can be entered once")
+        chosen = await choose(self.settings, self.owner, self._table)
+        admission = Admission(self.settings.max_concurrent, self.settings.queue_timeout)
+        self._house = House(self.settings, chosen, self.owner, admission)
+        self._group = anyio.create_task_group()
+        await self._group.__aenter__()
+        self._group.start_soon(self._sweep, chosen, self._house.counters)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        house, group = self._opened()
+        try:
+            await self.close()
+        finally:
+            # Without the exception, which the group would wrap into a group: its tasks raise nothing.
+            group.cancel_scope.cancel()
+            try:
+                await group.__aexit__(None, None, None)
+            finally:
+                await let_go(house.chosen.backend)
+
+    @property
+    def mode(self) -> str:
+        """The mode in use; before the sandbox is entered, the one that was asked for."""
+        return str(self.settings.mode) if self._house is None else self._house.chosen.posture.mode
+
+    @property
+    def fallback_from(self) -> str | None:
+        """The mode that was asked for, when another one took its place."""
+        return None if self._house is None else self._house.chosen.fallback_from
+
+    @property
+    def counters(self) -> Counters:
+        """What went wrong in the background: removals and sweeps."""
+        return self._opened()[0].counters
+
+    async def posture(self) -> Posture:
+        """What isolation is in force, as it was found on entering."""
+        return self._opened()[0].chosen.posture
+
+    async def run(self, spec: Spec, *, run_id: str | None = None, wait_cleanup: bool = False) -> Result:
+        """Run a script and give its result.
+
+        It returns as soon as the result is known; the box is removed after that, unless ``wait_cleanup`` is set, which
+        also fills in ``timings_ms["cleanup"]``. Cancelling the call kills the box.
+
+        Raises:
+            ClocheError: the run could not happen, or how it ended is not known.
+        """
+        run_id = new_run_id() if run_id is None else run_id
+        fold = self.fold(run_id)
+        async with aclosing(self.stream(spec, run_id=run_id, wait_cleanup=wait_cleanup)) as events:
+            async for event in events:
+                fold.add(event)
+        return fold.result()
+
+    def fold(self, run_id: str) -> Fold:
+        """An empty fold for the events of one run of this sandbox."""
+        if self._house is None:
+            return Fold(run_id, self.mode)
+        chosen = self._house.chosen
+        return Fold(run_id, chosen.posture.mode, chosen.posture.isolation, chosen.fallback_from)
+
+    async def stream(
+        self, spec: Spec, *, run_id: str | None = None, wait_cleanup: bool = False
+    ) -> AsyncGenerator[Event, None]:
+        """Run a script and give its events as they happen; the last one is ``Finished``.
+
+        Closing the generator before that kills the box.
+
+        Raises:
+            ClocheError: the run could not happen, or how it ended is not known.
+        """
+        run = self._begin(spec, new_run_id() if run_id is None else run_id, wait_cleanup=wait_cleanup)
+        try:
+            async with aclosing(run.events()) as events:
+                async for event in events:
+                    yield event
+                    if isinstance(event, Finished):
+                        return
+            if run.error is not None:
+                raise run.error
+        finally:
+            if not run.settled:
+                run.kill()
+                with anyio.move_on_after(KILL_WAIT_S, shield=True):
+                    await run.gone.wait()
+
+    async def cancel(self, run_id: str, *, now: bool = False) -> bool:
+        """End a run, queued or running; it finishes as ``cancelled``. False: there is no such run (any more).
+
+        The supervisor is asked first, so that what the script left is collected; ``now`` kills the box instead.
+        """
+        run = self._runs.get(run_id)
+        if run is None:
+            return False
+        if now:
+            run.kill()
+        else:
+            await run.stop()
+        return True
+
+    async def close(self) -> None:
+        """Kill what still runs, and wait until every box is removed. Can be called again."""
+        self._closed = True
+        if self._house is None:
+            return
+        for run in list(self._runs.values()):
+            run.kill()
+        for run in list(self._runs.values()):
+            await run.gone.wait()
+        with anyio.move_on_after(SWEEP_WAIT_S):
+            await self._swept.wait()
+
+    def _begin(self, spec: Spec, run_id: str, *, wait_cleanup: bool) -> Run:
+        house, group = self._opened()
+        if self._closed:
+            raise RuntimeError("the sandbox is closed")
+        if not house.chosen.capabilities.runs:
+            raise SandboxDisabled("Script execution is switched off here.")
+        if _RUN_ID.fullmatch(run_id) is None or run_id in self._runs:
+            raise InvalidSpec(
+                f"The run id {run_id[:64]!r} is in use or malformed.",
+                hint="Use 2 to 32 small letters, digits and '-', a letter first, and each id once.",
+            )
+        check_floor(house.chosen.posture, spec.min_isolation or self.settings.min_isolation)
+        run = self._runs[run_id] = Run(house, spec, run_id, wait_cleanup=wait_cleanup)
+        group.start_soon(self._drive, run, name=f"cloche run {run_id}")
+        return run
+
+    async def _drive(self, run: Run) -> None:
+        try:
+            await run.drive()
+        finally:
+            del self._runs[run.run_id]
+
+    async def _sweep(self, chosen: Chosen, counters: Counters) -> None:
+        try:
+            await sweep(chosen.backend, counters)
+        finally:
+            self._swept.set()
+
+    def _opened(self) -> tuple[House, TaskGroup]:
+        if self._house is None or self._group is None:
+            raise RuntimeError("enter the sandbox first: async with cloche.Sandbox.from_env() as sandbox")
+        return self._house, self._group
