@@ -142,9 +142,13 @@ class Spec(BaseModel):
             _forbid_nul(name, "the name of an environment variable")
             _forbid_nul(text, f"environment variable {name}")
             if _REFUSED_ENV.fullmatch(name):
-                raise ValueError(f"environment variable {name} is refused: it would subvert the loader or the interpreter")
+                raise ValueError(
+                    f"environment variable {name} is refused: it would subvert the loader or the interpreter"
+                )
             if len(encode(f"{name}={text}")) > MAX_ARG_BYTES:
-                raise ValueError(f"environment variable {name} is longer than {MAX_ARG_BYTES} bytes, the kernel's limit")
+                raise ValueError(
+                    f"environment variable {name} is longer than {MAX_ARG_BYTES} bytes, the kernel's limit"
+                )
         return value
 
     @model_validator(mode="after")

@@ -148,7 +148,9 @@ _FIELDS = {
     b"file": re.compile(rb"%s ([01]) %s" % (_N, _B64)),
     b"data": re.compile(_B64),
     b"end": re.compile(
-        rb"(exit|signal) %s (none|timeout|memory|cancel) " % _N + b" ".join([_N] * 6) + rb" ([01]) ([01]) %s %s" % (_N, _N)
+        rb"(exit|signal) %s (none|timeout|memory|cancel) " % _N
+        + b" ".join([_N] * 6)
+        + rb" ([01]) ([01]) %s %s" % (_N, _N)
     ),
     b"fail": re.compile(rb"([a-z]+(?:-[a-z]+)*) %s" % _B64),
 }

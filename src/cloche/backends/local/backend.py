@@ -21,6 +21,7 @@ from anyio import to_thread
 from cloche.backends.contract import Box, Capabilities, Fate, FateKind, Leftover, Profile
 from cloche.backends.local import cgroup, client, interpreters, manifest, owners, probe
 from cloche.backends.local.manifest import Layout
+from cloche.backends.local.probe import Bubblewrap
 from cloche.errors import BackendUnavailable, ClocheError
 from cloche.isolation import Isolation, Posture
 from cloche.settings import Settings
@@ -42,7 +43,7 @@ UIDS = 2**24
 class _Ground:
     """What the trial showed: how boxes are made on this machine."""
 
-    bubblewrap: probe.Bubblewrap
+    bubblewrap: Bubblewrap
     flavour: cgroup.Flavour
     layout: Layout
     posture: Posture
@@ -144,7 +145,7 @@ class LocalBackend:
             owner.note(folder)
         return owner
 
-    def _layout(self, bubblewrap: probe.Bubblewrap, supervisor: str) -> Layout:
+    def _layout(self, bubblewrap: Bubblewrap, supervisor: str) -> Layout:
         """What is the same for all boxes of this process."""
         links, binds = [], []
         for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
@@ -175,7 +176,9 @@ class LocalBackend:
         """Raises: BackendUnavailable with what stood in the way."""
         limits = Limits(timeout_s=TRIAL_TIMEOUT_S, pids=16, output_bytes=4096)
         expiry = time.time() + TRIAL_TIMEOUT_S
-        profile = Profile(run_id=f"trial{secrets.token_hex(4)}", owner=self._owner_name, expires_at=expiry, limits=limits)
+        profile = Profile(
+            run_id=f"trial{secrets.token_hex(4)}", owner=self._owner_name, expires_at=expiry, limits=limits
+        )
         bundle = Bundle(argv=[manifest.SUPERVISOR_IN_BOX, "version"], env={}, limits=limits)
         decoder, last = Decoder(), None
         with anyio.fail_after(TRIAL_TIMEOUT_S):
@@ -183,8 +186,7 @@ class LocalBackend:
                 await box.feed(bundle)
                 try:
                     async for data in box.output():
-                        for last in decoder.feed(data):
-                            pass
+                        last = [None, *decoder.feed(data)][-1] or last
                 except FrameError as exc:
                     raise BackendUnavailable(f"The trial box gave no frames: {exc}.") from exc
                 if isinstance(last, End) and last.exit_code == 0:
@@ -192,7 +194,7 @@ class LocalBackend:
                 reason = last.message if isinstance(last, Fail) else (await box.fate()).message
         raise BackendUnavailable(reason)
 
-    def _settle(self, bubblewrap: probe.Bubblewrap, flavour: cgroup.Flavour, layout: Layout, seen: Hardening) -> _Ground:
+    def _settle(self, bubblewrap: Bubblewrap, flavour: cgroup.Flavour, layout: Layout, seen: Hardening) -> _Ground:
         nproc = layout.private_nproc or layout.shelf is not None
         posture = Posture(
             "local",
@@ -259,5 +261,7 @@ def _sweep() -> list[Leftover]:
         for root in roots:
             folders = list(root.glob(f"{cgroup.name_prefix(owner)}*"))
             left = set(cgroup.remove(folders))
-            swept += [Leftover("cgroup", str(f), removed=f not in left, reason=f"owner {owner} is dead") for f in folders]
+            swept += [
+                Leftover("cgroup", str(f), removed=f not in left, reason=f"owner {owner} is dead") for f in folders
+            ]
     return swept

@@ -56,7 +56,9 @@ class Cgroup:
         """Processes of the box that the kernel killed for want of memory."""
         for name in ("memory.events", "memory.oom_control"):
             with contextlib.suppress(OSError):
-                match = re.search(r"^oom_kill (\d+)$", Path(self.counters or "/nonexistent", name).read_text(), re.MULTILINE)
+                match = re.search(
+                    r"^oom_kill (\d+)$", Path(self.counters or "/nonexistent", name).read_text(), re.MULTILINE
+                )
                 if match is not None:
                     return int(match[1])
         return 0
@@ -217,7 +219,7 @@ def _mounts(mountinfo: str) -> dict[str, tuple[Path, str]]:
     found: dict[str, tuple[Path, str]] = {}
     for line in mountinfo.splitlines():
         left, _, right = line.partition(" - ")
-        kind, _, options = (right.split() + ["", "", ""])[:3]
+        kind, _, options = [*right.split(), "", "", ""][:3]
         root, point = left.split()[3:5]
         point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), point)
         if kind == "cgroup2":

@@ -49,7 +49,9 @@ def find(name: str) -> Interpreter:
     """
     found = shutil.which(name) or shutil.which(name, path=":".join(_BOX_PATH))
     if found is None:
-        raise InterpreterMissing(f"{name} is not on this machine's PATH.", hint=f"Install {name}, or pass another interpreter.")
+        raise InterpreterMissing(
+            f"{name} is not on this machine's PATH.", hint=f"Install {name}, or pass another interpreter."
+        )
     if _is_system(os.path.realpath(found)) and not _in_virtual_environment(found):
         on_path = shutil.which(name, path=":".join(_BOX_PATH))
         if on_path is not None and os.path.realpath(on_path) == os.path.realpath(found):
@@ -72,7 +74,7 @@ def is_broad(folder: str) -> bool:
     """Whether a folder is too much to show: it holds somebody's home, or is one."""
     home = os.path.realpath(os.path.expanduser("~"))
     real = os.path.realpath(folder)
-    homes = {home, "/root", "/home", "/Users", "/tmp", "/var", "/etc", "/opt", "/srv", "/mnt", "/run", "/media"}  # noqa: S108
+    homes = {home, "/root", "/home", "/Users", "/tmp", "/var", "/etc", "/opt", "/srv", "/mnt", "/run", "/media"}
     return any(f"{known}/".startswith(f"{real.rstrip('/')}/") for known in homes) or Path(real).parent == Path("/home")
 
 

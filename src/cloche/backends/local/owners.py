@@ -30,7 +30,7 @@ def state_folder() -> Path:
     elif os.environ.get("XDG_RUNTIME_DIR") and os.access(os.environ["XDG_RUNTIME_DIR"], os.W_OK):
         folder, mode = Path(os.environ["XDG_RUNTIME_DIR"], "cloche"), 0o700
     else:
-        folder, mode = Path(f"/tmp/cloche-{uid}"), 0o700  # noqa: S108 - checked below
+        folder, mode = Path(f"/tmp/cloche-{uid}"), 0o700
     folder.mkdir(mode=mode, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != uid or found.st_mode & 0o022:

@@ -112,7 +112,9 @@ def guarantees(hardening: Hardening, flavour: Flavour, *, own_uid: bool, nproc: 
     watch = "no writable cgroup: the supervisor sums the processes' memory every 20 ms and kills"
     return (
         bit(Hardening.PID_1, "process-tree", "the supervisor is PID 1 of the box", "the supervisor is not PID 1"),
-        Guarantee("network", State.IN_FORCE, "a network namespace with nothing but its own loopback, unless network is open"),
+        Guarantee(
+            "network", State.IN_FORCE, "a network namespace with nothing but its own loopback, unless network is open"
+        ),
         Guarantee("identity", State.IN_FORCE, f"uid 1000 in a user namespace of its own; {root}"),
         bit(Hardening.NO_CAPABILITIES, "no-capabilities", "no capability is left", "capabilities are left"),
         bit(Hardening.NO_NEW_PRIVS, "no-new-privileges", "set by the supervisor", "could not be set"),
@@ -130,12 +132,16 @@ def guarantees(hardening: Hardening, flavour: Flavour, *, own_uid: bool, nproc: 
             "process-limit",
             Guarantee("process-limit", State.IN_FORCE, "RLIMIT_NPROC, counted for this box alone")
             if nproc
-            else Guarantee("process-limit", State.NOT_IN_FORCE, "neither cgroup nor a count of the box alone", "Use Linux 5.14."),
+            else Guarantee(
+                "process-limit", State.NOT_IN_FORCE, "neither cgroup nor a count of the box alone", "Use Linux 5.14."
+            ),
         ),
         cgroup(
             "cpu",
             "cpu-limit",
-            Guarantee("cpu-limit", State.NOT_IN_FORCE, "no cgroup with the cpu controller", "Delegate one, or run as root."),
+            Guarantee(
+                "cpu-limit", State.NOT_IN_FORCE, "no cgroup with the cpu controller", "Delegate one, or run as root."
+            ),
         ),
     )
 
