@@ -19,10 +19,11 @@ def simple_call() -> int | None:
     return result.exit_code
 
 
-def with_settings() -> cloche.Result:
+async def with_settings() -> cloche.Result:
     settings = cloche.Settings(mode=cloche.Mode.LOCAL, max_concurrent=2)
     assert_type(cloche.Settings.from_env(), cloche.Settings)
-    return cloche.run("x.py", workspace=Path("skill"), env={"LANG": "C"}, settings=settings)
+    async with cloche.Sandbox(settings) as sandbox:
+        return await sandbox.run(cloche.Spec(script="x.py", workspace=Path("skill"), env={"LANG": "C"}))
 
 
 async def streamed() -> bytes:
@@ -60,5 +61,6 @@ def floor(posture: cloche.Posture) -> bool:
     return posture.available and posture.isolation >= cloche.Isolation.NAMESPACE
 
 
-# What the types must refuse. mypy (warn_unused_ignores) complains when one of these is suddenly right.
-cloche.run()  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+# What the types must refuse; mypy complains when one of these is suddenly right.
+cloche.run("x.py", timout=10)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+cloche.run("x.py", args=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -22,6 +22,8 @@ async def show(sandbox: cloche.Sandbox, name: str, spec: cloche.Spec, files: dic
     """Follow one run to its end; what it left goes into ``files``."""
     async for event in sandbox.stream(spec):
         match event:
+            case cloche.Started(isolation=isolation):
+                print(f"{name:>7} ┌ isolation: {isolation}")
             case cloche.Output(stream=stream, data=data):
                 # Pieces of output come as they were written; whole lines are not promised.
                 for line in data.decode(errors="replace").splitlines():

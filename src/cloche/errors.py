@@ -47,8 +47,8 @@ class ClocheError(Exception):
     def __init__(self, message: str, *, hint: str | None = None, retryable: bool | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = self.default_hint if hint is None else hint
-        self.retryable = self.default_retryable if retryable is None else retryable
+        self.hint: str = self.default_hint if hint is None else hint
+        self.retryable: bool = self.default_retryable if retryable is None else retryable
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}"

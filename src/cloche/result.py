@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal, NoReturn, assert_never, cast
+from typing import Any, ClassVar, Literal, NoReturn, assert_never, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from typing_extensions import TypedDict
@@ -41,7 +41,7 @@ def timings(**known: float | None) -> Timings:
 class ErrorInfo(BaseModel):
     """Why a run could not happen: a :class:`cloche.ClocheError` as a value."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     code: str
     """Stable kebab-case name of the kind of failure."""
@@ -55,7 +55,7 @@ class ErrorInfo(BaseModel):
 class ArtifactInfo(BaseModel):
     """A file that the script left in /output. ``sha256`` is over the bytes that were delivered."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     path: str
     """Relative to /output, ``/`` between parts. Bytes that are not UTF-8 are lone surrogates (:func:`os.fsencode`)."""
@@ -98,7 +98,7 @@ class Result(BaseModel):
     Where a stream is truncated its head and its tail were kept, and stand here one after the other.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     run_id: str
     outcome: Outcome | Literal["failed"]

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -111,7 +111,7 @@ Pairs = Annotated[dict[str, str], BeforeValidator(_parse_pairs)]
 class Toleration(BaseModel):
     """A toleration of a pod, in Kubernetes' own words (core/v1 Toleration)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     key: str | None = None
     operator: Literal["Exists", "Equal"] | None = None
@@ -140,7 +140,7 @@ class Settings(BaseModel):
         InvalidSettings: a value is not allowed. The message names it and says what is.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     mode: Mode = _setting(
         Mode.LOCAL,
