@@ -58,7 +58,7 @@ class Sandbox:
         self._house: House | None = None
         self._group: TaskGroup | None = None
         self._runs: dict[str, Run] = {}
-        self._swept = anyio.Event()
+        self._swept: anyio.Event | None = None
         self._closed = False
 
     @classmethod
@@ -76,9 +76,10 @@ class Sandbox:
         chosen = await choose(self.settings, self.owner, self._table)
         admission = Admission(self.settings.max_concurrent, self.settings.queue_timeout)
         self._house = House(self.settings, chosen, self.owner, admission)
+        self._swept = anyio.Event()
         self._group = anyio.create_task_group()
         await self._group.__aenter__()
-        self._group.start_soon(self._sweep, chosen, self._house.counters)
+        self._group.start_soon(self._sweep, chosen, self._house.counters, self._swept)
         return self
 
     async def __aexit__(
@@ -162,24 +163,27 @@ class Sandbox:
                 with anyio.move_on_after(KILL_WAIT_S, shield=True):
                     await run.gone.wait()
 
-    async def cancel(self, run_id: str, *, now: bool = False) -> bool:
+    async def cancel(self, run_id: str) -> bool:
         """End a run, queued or running; it finishes as ``cancelled``. False: there is no such run (any more).
 
-        The supervisor is asked first, so that what the script left is collected; ``now`` kills the box instead.
+        The supervisor is asked, so that what the script left is collected; if it does not answer, the box is killed.
         """
         run = self._runs.get(run_id)
-        if run is None:
-            return False
-        if now:
-            run.kill()
-        else:
+        if run is not None:
             await run.stop()
-        return True
+        return run is not None
+
+    def kill(self, run_id: str) -> bool:
+        """End a run at once: its box is killed, and the run finishes as ``cancelled``. False: there is no such run."""
+        run = self._runs.get(run_id)
+        if run is not None:
+            run.kill()
+        return run is not None
 
     async def close(self) -> None:
         """Kill what still runs, and wait until every box is removed. Can be called again."""
         self._closed = True
-        if self._house is None:
+        if self._swept is None:
             return
         for run in list(self._runs.values()):
             run.kill()
@@ -210,11 +214,11 @@ class Sandbox:
         finally:
             del self._runs[run.run_id]
 
-    async def _sweep(self, chosen: Chosen, counters: Counters) -> None:
+    async def _sweep(self, chosen: Chosen, counters: Counters, swept: anyio.Event) -> None:
         try:
             await sweep(chosen.backend, counters)
         finally:
-            self._swept.set()
+            swept.set()
 
     def _opened(self) -> tuple[House, TaskGroup]:
         if self._house is None or self._group is None:

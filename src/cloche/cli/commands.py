@@ -1,0 +1,71 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from cloche.cli.run import Options, execute
+
+
+def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:  # noqa: FBT001 (click's signature)
+    if wanted and not context.resilient_parsing:
+        import cloche as package
+
+        click.echo(f"cloche {package.__version__}")
+        context.exit()
+
+
+def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        name, sign, text = value.partition("=")
+        if not sign or not name:
+            raise click.BadParameter(f"{value!r} is not NAME=VALUE")
+        pairs[name] = text
+    return pairs
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Print the version."
+)
+def cloche() -> None:
+    """Run untrusted scripts in isolation.
+
+    Settings come from the environment: CLOCHE_MODE, CLOCHE_TIMEOUT and others; see docs/settings.md.
+    """
+
+
+@cloche.command(
+    "run",
+    epilog="Exit status: the script's own; 128+N if signal N ended it; 124 timed out; 137 out of memory; 130 cancelled; "
+    "125 cloche could not run it; 2 wrong usage.",
+)
+@click.argument("script")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARG...]")
+@click.option("--mode", metavar="MODE", help="disabled, local, docker, kubernetes or opensandbox.  [CLOCHE_MODE]")
+@click.option("--workspace", metavar="DIR", help="Deliver this folder; SCRIPT is then a path inside it.")
+@click.option("--interpreter", metavar="NAME", help="Program that runs the script. Else its suffix chooses.")
+@click.option("--timeout", metavar="S", help="Seconds the script may run; also 90s, 2m.  [CLOCHE_TIMEOUT]")
+@click.option("--memory", metavar="SIZE", help="Memory, such as 256Mi.  [CLOCHE_MEMORY]")
+@click.option("--cpus", metavar="N", help="CPUs, such as 0.5.  [CLOCHE_CPUS]")
+@click.option("--pids", metavar="N", help="Processes and threads.  [CLOCHE_PIDS]")
+@click.option("--env", metavar="K=V", multiple=True, callback=_pairs, help="A variable for the script. Repeatable.")
+@click.option("--stdin", metavar="FILE|-", help="Give this file, or cloche's own stdin, to the script.")
+@click.option("--network", metavar="none|open", help="What the script may reach.  [none]")
+@click.option("--output", metavar="DIR", help="Write what the script leaves in /output into this folder.")
+@click.option("--image", metavar="IMAGE", help="Image, on engines that have images.  [CLOCHE_IMAGE]")
+@click.option(
+    "--min-isolation", metavar="LEVEL", help="none, process, namespace, container or kernel.  [CLOCHE_MIN_ISOLATION]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the script's output.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing beside errors.")
+@click.option("-v", "--verbose", is_flag=True, help="Say what isolation is in force, and how it is known.")
+def run(**options: Any) -> int:
+    """Run SCRIPT in isolation.
+
+    Its output streams through, its exit status is this command's. Arguments for the script stand after "--".
+    """
+    return execute(Options(**options))

@@ -1,0 +1,163 @@
+"""``cloche run``: the options become a spec, the events go to the terminal, the end becomes an exit status."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+
+from cloche.cli import exits, render
+from cloche.cli.live import Live
+from cloche.cli.save import check_folder, save
+from cloche.cli.writer import STDOUT, write_all
+from cloche.errors import ClocheError, InvalidSpec, WorkspaceTooLarge
+from cloche.result import Result
+from cloche.runtime import new_run_id
+from cloche.runtime.sync import make_spec
+from cloche.settings import Settings, parse_duration, resolve
+from cloche.spec import Spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The command line, as it was typed. What is None was not given."""
+
+    script: str
+    args: tuple[str, ...]
+    mode: str | None
+    workspace: str | None
+    interpreter: str | None
+    timeout: str | None
+    memory: str | None
+    cpus: str | None
+    pids: str | None
+    env: dict[str, str]
+    stdin: str | None
+    network: str | None
+    output: str | None
+    image: str | None
+    min_isolation: str | None
+    as_json: bool
+    quiet: bool
+    verbose: bool
+
+
+def execute(options: Options) -> int:
+    """Run the script and give the exit status. Errors are told, on stderr or as JSON; nothing is raised for them."""
+    run_id = new_run_id()
+    mode = options.mode
+    try:
+        settings = Settings.from_env(os.environ, **({} if mode is None else {"mode": mode}))
+        mode = str(settings.mode)
+        _configure_log(settings)
+        spec = _spec(options, settings)
+        if options.output is not None:
+            check_folder(Path(options.output))
+    except ClocheError as error:
+        return _refuse(options, Result.failed(run_id, error, mode), error)
+    live = Live(settings, spec, run_id, streamed=not options.as_json, verbose=options.verbose)
+    result = anyio.run(live.run)
+    if live.error is not None:
+        return _refuse(options, result, live.error)
+    try:
+        if options.output is not None:
+            save(Path(options.output), result.artifacts)
+    except ClocheError as error:
+        return _refuse(options, Result.failed(run_id, error, mode), error)
+    if options.as_json:
+        _print_json(result)
+    elif not live.broken:
+        _tell(result, settings, spec, options)
+    return exits.status_of_result(result)
+
+
+def _spec(options: Options, settings: Settings) -> Spec:
+    """The spec that the options describe.
+
+    Raises:
+        InvalidSpec: they describe none.
+    """
+    try:
+        timeout = parse_duration(options.timeout)
+    except ValueError as exc:
+        raise InvalidSpec(f"timeout: {exc}.") from None
+    given = {
+        "workspace": options.workspace,
+        "interpreter": options.interpreter,
+        "memory": options.memory,
+        "cpus": options.cpus,
+        "pids": options.pids,
+        "network": options.network,
+        "image": options.image,
+        "min_isolation": options.min_isolation,
+        "timeout": timeout,
+    }
+    return make_spec(
+        script=options.script,
+        args=options.args,
+        env=options.env,
+        stdin=None if options.stdin is None else _read_stdin(options.stdin, settings),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _read_stdin(source: str, settings: Settings) -> bytes:
+    bound = settings.workspace_bytes(settings.mode)
+    try:
+        if source == "-":
+            data = sys.stdin.buffer.read(bound + 1)
+        else:
+            with open(source, "rb") as file:
+                data = file.read(bound + 1)
+    except OSError as exc:
+        raise InvalidSpec(
+            f"stdin cannot be read from {source!r}: {exc.strerror}.", hint="Give --stdin a file, or - for your own."
+        ) from None
+    if len(data) > bound:
+        raise WorkspaceTooLarge(f"stdin is larger than {bound} bytes.")
+    return data
+
+
+def _configure_log(settings: Settings) -> None:
+    handler = _Handler()
+    log = logging.getLogger("cloche")
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(settings.log.upper())
+
+
+class _Handler(logging.Handler):
+    """Log records as lines of cloche's own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in self.format(record).splitlines():
+            render.say(line)
+
+
+def _refuse(options: Options, result: Result, error: ClocheError) -> int:
+    if options.as_json:
+        _print_json(result)
+    else:
+        render.say_error(error)
+    return exits.status_of_error(error)
+
+
+def _print_json(result: Result) -> None:
+    try:
+        write_all(STDOUT, json.dumps(result.to_dict()).encode() + b"\n")
+    except OSError:
+        return  # nobody reads it
+
+
+def _tell(result: Result, settings: Settings, spec: Spec, options: Options) -> None:
+    if options.quiet:
+        return
+    for note in render.notes(result, resolve(spec, settings)):
+        render.say(note)
+    if sys.stderr is not None and sys.stderr.isatty():
+        render.summary(result, options.output)
