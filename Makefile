@@ -24,7 +24,7 @@ setup: $(VENV)/.ready $(VENV)/.supervisor ## make the virtual environment and bu
 $(VENV)/.ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "cloche needs Python 3.11 or newer on the PATH, or make PYTHON=/path/to/python3" >&2; exit 1; }
 	@# Debian's Python has no ensurepip unless python3-venv is installed; pip can then fill the environment from outside.
-	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) 2>/dev/null || \
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || \
 	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
@@ -44,7 +44,7 @@ supervisor-all: $(VENV)/.ready ## compile it for every architecture, with zig, a
 
 demo: setup ## run a real skill on real input in the local sandbox
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
-	$(BIN)/cloche run --mode local --workspace $(SKILL) --output $(DEMO) scripts/report.py -- data/sales.csv
+	$(BIN)/cloche run --verbose --mode local --workspace $(SKILL) --output $(DEMO) scripts/report.py -- data/sales.csv
 	@echo && echo "What the script left in /output is now in $(DEMO):" && ls -l $(DEMO)
 
 test: setup ## run the tests; PYTEST_ARGS="-k word" narrows them

@@ -229,10 +229,7 @@ class SupervisorHook(BuildHookInterface):  # type: ignore[type-arg] # generic ov
         choice = os.environ.get("CLOCHE_BUILD_ARCHS")
         archs = wanted_architectures(choice)
         if version == "editable":
-            try:
-                build(archs, BINARIES, everywhere=choice == "all")
-            except BuildError as exc:
-                self.app.display_warning(str(exc))
+            build(archs, BINARIES, everywhere=choice == "all")
             return
         self._folder = tempfile.TemporaryDirectory(prefix="cloche-build-")
         for path in build(archs, Path(self._folder.name), everywhere=choice == "all"):
@@ -257,7 +254,11 @@ def main() -> int:
             if importlib.util.find_spec("ziglang") is None and needs_zig(archs, everywhere=options.archs == "all"):
                 print(ZIG_REQUIREMENT)
             return 0
-        for path in build(archs, BINARIES, everywhere=options.archs == "all"):
+        built = build(archs, BINARIES, everywhere=options.archs == "all")
+        # What was built for another architecture before is of older sources, perhaps, and would be tested as if not.
+        for arch in set(ARCHITECTURES) - set(archs):
+            (BINARIES / f"cloche-supervisor-{arch}").unlink(missing_ok=True)
+        for path in built:
             print(f"{path.relative_to(ROOT)}  {path.stat().st_size} bytes")
     except BuildError as exc:
         print(exc, file=sys.stderr)

@@ -1,7 +1,6 @@
-"""Run two skills at once, show their output while it appears, and keep what they left in /output."""
+"""Run two skills at once, show their output while it appears, and keep what they left in the folder that is named."""
 
 import sys
-import tempfile
 from pathlib import Path
 
 import anyio
@@ -48,9 +47,10 @@ if __name__ == "__main__":
         left = anyio.run(main)
     except cloche.ClocheError as error:
         sys.exit(f"{error.code}: {error}")
-    folder = Path(tempfile.mkdtemp(prefix="cloche-example-"))
     for path, data in left.items():
-        # cloche has checked that no path leads out of the folder.
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
-        print(folder / path, len(data), "bytes")
+        print(f"{path}: {len(data)} bytes")
+        if len(sys.argv) > 1:
+            # cloche has checked that no path leads out of the folder.
+            target = Path(sys.argv[1]) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
