@@ -12,6 +12,9 @@ from cloche.errors import ClocheError
 from cloche.events import Artifact, Event, Finished, Outcome, Output, Started, Usage
 from cloche.isolation import Isolation
 
+PHASES = ("queued", "prepare", "start", "run", "collect", "cleanup", "total")
+"""The fields of :class:`Timings`, in the order in which the phases follow."""
+
 
 class Timings(TypedDict):
     """How long each phase took, in milliseconds; None where the run did not come so far, or it is not known yet."""
@@ -34,8 +37,7 @@ class Timings(TypedDict):
 
 def timings(**known: float | None) -> Timings:
     """Timings with the phases that are known, in milliseconds; the others are None."""
-    phases = ("queued", "prepare", "start", "run", "collect", "cleanup", "total")
-    return cast("Timings", {name: known.get(name) for name in phases})
+    return cast("Timings", {name: known.get(name) for name in PHASES})
 
 
 class ErrorInfo(BaseModel):
