@@ -95,12 +95,13 @@ def result_from_dict(value: object) -> Result:
         fields.take(name)
     fields.end()
     try:
-        return Result.model_validate_json(json.dumps(value), strict=True)
-    except (ValidationError, ValueError) as exc:
-        where = ".".join(map(str, exc.errors()[0]["loc"])) if isinstance(exc, ValidationError) else str(exc)
-        raise ProtocolError(
-            f"This is not the JSON form of a result: {where or 'its fields contradict each other'}."
-        ) from None
+        result = Result.model_validate_json(json.dumps(value), strict=True)
+    except ValidationError as exc:
+        where = ".".join(map(str, exc.errors()[0]["loc"])) or "its fields contradict each other"
+        raise ProtocolError(f"This is not the JSON form of a result: {where}.") from None
+    if result.to_dict() != value:  # inner objects have defaults, which nobody may rely on
+        raise ProtocolError("This is not the JSON form of a result: an inner field is missing.")
+    return result
 
 
 def _finished_to_dict(event: Finished) -> dict[str, Any]:
