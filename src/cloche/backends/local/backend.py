@@ -155,6 +155,7 @@ class LocalBackend:
             elif path.is_dir():
                 binds.append(manifest.Bind(str(path), str(path)))
         shelf = None
+        etc = str(resources.files("cloche.backends.local") / "etc")
         if os.geteuid() == 0:
             folder = owners.state_folder() / "shelf"
             folder.mkdir(mode=0o755, exist_ok=True)
@@ -163,10 +164,11 @@ class LocalBackend:
             bwrap=bubblewrap.path,
             bwrap_folder=bubblewrap.folder,
             supervisor=supervisor,
-            etc=str(resources.files("cloche.backends.local") / "etc"),
+            etc=etc,
             cgroup=manifest.CgroupPlan(),
             parent_pid=os.getpid(),
             shelf=shelf,
+            hidden=_hidden(supervisor, etc, bubblewrap.folder) if shelf else frozenset(),
             root_links=tuple(links),
             binds=tuple(binds),
             private_nproc=probe.has_private_nproc(platform.release()),
@@ -223,7 +225,10 @@ class LocalBackend:
                 found = await to_thread.run_sync(interpreters.find, profile.interpreter)
                 self._interpreters[profile.interpreter] = found
             program = None if found.path is None else (found.name, found.path)
-            layout = replace(layout, binds=layout.binds + found.binds, program=program)
+            hidden = layout.hidden
+            if layout.shelf is not None:
+                hidden |= _hidden(*(bind.source for bind in found.binds))
+            layout = replace(layout, binds=layout.binds + found.binds, hidden=hidden, program=program)
         async with self._box(profile, layout, self._ground.flavour) as box:
             yield box
 
@@ -235,6 +240,8 @@ class LocalBackend:
             layout = replace(layout, cgroup=group.plan, host_uid=uid)
             env = dict(os.environ) if flavour.kind == "systemd" else {}
             async with client.start(partial(manifest.argv, profile, layout), env) as process:
+                if group.folders and process.supervisor_pid is not None:
+                    await to_thread.run_sync(cgroup.attach, group, process.supervisor_pid)
                 yield LocalBox(process, group)
         finally:
             with anyio.CancelScope(shield=True):
@@ -251,6 +258,17 @@ class LocalBackend:
             self._owner.close()
             self._owner = None
         self._ground = None
+
+
+def _hidden(*paths: str | None) -> frozenset[str]:
+    """Those that a stranger's uid cannot reach: a folder on the way is closed, or the thing itself."""
+
+    def is_open(path: str) -> bool:
+        wanted = 0o5 if os.path.isdir(path) else 0o4
+        folders = [str(folder) for folder in Path(path).parents]
+        return os.stat(path).st_mode & wanted == wanted and all(os.stat(folder).st_mode & 0o1 for folder in folders)
+
+    return frozenset(path for path in paths if path is not None and not is_open(path))
 
 
 def _sweep() -> list[Leftover]:

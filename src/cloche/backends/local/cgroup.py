@@ -24,7 +24,7 @@ from cloche.backends.local.manifest import Bind, CgroupPlan, memory_limit_bytes
 CPU_PERIOD_US = 100_000
 """The kernel's default period for CPU bandwidth (Documentation/scheduler/sched-bwc.rst)."""
 MONITOR_PIDS = 1
-"""bubblewrap's outer process lives in the box's cgroup too."""
+"""bubblewrap's outer process lives in a scope too; into the other cgroups only the supervisor is brought."""
 REMOVE_TIMEOUT_S = 5.0
 
 
@@ -48,7 +48,7 @@ class Cgroup:
 
     plan: CgroupPlan
     folders: tuple[Path, ...] = ()
-    """What is to be removed; empty where a service manager does that."""
+    """Where the supervisor is brought, and what is to be removed; empty where a service manager does both."""
     counters: Path | None = None
     """The folder with the memory counters."""
 
@@ -104,15 +104,29 @@ def create(flavour: Flavour, profile: Profile) -> Cgroup:
             folder = flavour.roots["memory"] / name
             _make(folder, _v2_limits(profile))
             shown = (Bind(str(folder), "/sys/fs/cgroup"),)
-            return Cgroup(CgroupPlan((f"{folder}/cgroup.procs",), shown), (folder,), folder)
+            return Cgroup(CgroupPlan(bounded=True, shown=shown), (folder,), folder)
         case "v1":
             return _create_v1(flavour, profile, name)
         case "systemd":
             folder = flavour.roots["scope"] / f"{name}.scope"
             shown = (Bind(str(folder), "/sys/fs/cgroup"),)
-            return Cgroup(CgroupPlan(shown=shown, prefix=_scope_command(profile, name)), (), folder)
+            return Cgroup(CgroupPlan(bounded=True, shown=shown, prefix=_scope_command(profile, name)), (), folder)
         case _:
             return NO_CGROUP
+
+
+def attach(cgroup: Cgroup, pid: int) -> None:
+    """Bring the supervisor into its cgroup, while it is still alone in its box and waits for its bundle.
+
+    The kernel may take some milliseconds for the first of these writes (it waits for an RCU grace period), so this happens
+    while bubblewrap makes the box's mounts, not before.
+
+    Raises:
+        OSError: the kernel refused it.
+    """
+    for folder in cgroup.folders:
+        with contextlib.suppress(ProcessLookupError):  # it has died; its output tells why
+            (folder / "cgroup.procs").write_text(str(pid))
 
 
 def remove(folders: Iterable[Path]) -> list[Path]:
@@ -171,7 +185,7 @@ def _v2_limits(profile: Profile) -> dict[str, str]:
     return {
         "memory.max": str(memory_limit_bytes(profile)),
         "memory.swap.max?": "0",
-        "pids.max": str(limits.pids + MONITOR_PIDS),
+        "pids.max": str(limits.pids),
         "cpu.max?": f"{max(1000, round(limits.cpus * CPU_PERIOD_US))} {CPU_PERIOD_US}",
     }
 
@@ -180,7 +194,7 @@ def _create_v1(flavour: Flavour, profile: Profile, name: str) -> Cgroup:
     limits, memory = profile.limits, str(memory_limit_bytes(profile))
     wanted = {
         "memory": {"memory.limit_in_bytes": memory, "memory.memsw.limit_in_bytes?": memory},
-        "pids": {"pids.max": str(limits.pids + MONITOR_PIDS)},
+        "pids": {"pids.max": str(limits.pids)},
         "cpu": {
             "cpu.cfs_period_us": str(CPU_PERIOD_US),
             "cpu.cfs_quota_us": str(max(1000, round(limits.cpus * CPU_PERIOD_US))),
@@ -196,8 +210,8 @@ def _create_v1(flavour: Flavour, profile: Profile, name: str) -> Cgroup:
             folder.rmdir()
         raise
     counters = flavour.roots["memory"] / name
-    procs = tuple(f"{folder}/cgroup.procs" for folder in made)
-    return Cgroup(CgroupPlan(procs, (Bind(str(counters), "/sys/fs/cgroup/memory"),)), tuple(made), counters)
+    plan = CgroupPlan(bounded=True, shown=(Bind(str(counters), "/sys/fs/cgroup/memory"),))
+    return Cgroup(plan, tuple(made), counters)
 
 
 def _scope_command(profile: Profile, name: str) -> tuple[str, ...]:

@@ -26,6 +26,8 @@ class BoxProcess:
         self._status_fd = status_fd
         self._supervisor: int | None = None
         """A pidfd, so that a signal can never reach a stranger with the same pid."""
+        self.supervisor_pid: int | None = None
+        """None: the box died before there was one."""
 
     async def find_supervisor(self) -> None:
         """Learn the supervisor's pid from bubblewrap, which writes it when the box's namespaces exist."""
@@ -42,6 +44,7 @@ class BoxProcess:
         if self._supervisor is not None and not _is_child(pid, self._process.pid):
             os.close(self._supervisor)  # it has ended already, and the number belongs to somebody else
             self._supervisor = None
+        self.supervisor_pid = pid if self._supervisor is not None else None
 
     async def feed(self, records: Iterable[bytes]) -> None:
         """Write all records to the supervisor's stdin and close it. A box that died meanwhile is no error here."""

@@ -25,8 +25,12 @@ INODES = 65536
 OVERHEAD_BYTES = 8 * 2**20
 """What the supervisor itself may take of the box's memory, beside the rings for the output's tail."""
 DEVICES = ("null", "zero", "full", "random", "urandom")
-SYSTEM_FILES = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "ssl/certs", "ca-certificates", "pki")
-"""Below /etc: what the loader needs, what /usr's links lead to, and public certificates."""
+SYSTEM_FILES = ("ld.so.cache", "alternatives")
+"""Below /etc: what the loader needs, and what /usr's links lead to. Each mount costs some 0.1 ms of every run."""
+NETWORK_FILES = ("hosts", "resolv.conf", "ssl/certs", "pki")
+"""Below /etc, shown when the network is open."""
+OWN_FILES = ("passwd", "group", "nsswitch.conf")
+ETC_IN_BOX = "/run/cloche/etc"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +43,14 @@ class Bind:
 
 @dataclass(frozen=True, slots=True)
 class CgroupPlan:
-    """How the box's cgroup is entered and shown: the files that take its processes, and its own counters."""
+    """What of the box's cgroup concerns its argument vector."""
 
-    procs: tuple[str, ...] = ()
+    bounded: bool = False
+    """Whether a cgroup bounds the box at all."""
     shown: tuple[Bind, ...] = ()
+    """The box's own counters, where a container would see them."""
     prefix: tuple[str, ...] = ()
     """What starts everything, where a service manager makes the cgroup."""
-
-    @property
-    def bounded(self) -> bool:
-        """Whether a cgroup bounds the box at all."""
-        return bool(self.procs or self.prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,9 @@ class Layout:
     host_uid: int | None = None
     """A uid of the run's own, when cloche is root; None: stay who we are."""
     shelf: str | None = None
-    """Folder on which the launcher lays what ``host_uid`` could not reach by itself; needs root."""
+    """Folder on which the launcher lays what is ``hidden``; needs root."""
+    hidden: frozenset[str] = frozenset()
+    """Paths of this layout that ``host_uid`` could not reach by itself, such as what lies in /root."""
     root_links: tuple[tuple[str, str], ...] = ()
     """Links of the host's root folder that lead into /usr: path and target."""
     binds: tuple[Bind, ...] = ()
@@ -90,9 +93,9 @@ def memory_limit_bytes(profile: Profile) -> int:
 
 def argv(profile: Profile, layout: Layout, status_fd: int) -> list[str]:
     """The whole vector. ``status_fd`` is where bubblewrap writes the supervisor's pid as JSON."""
-    shelf = _Shelf(layout.shelf)
+    shelf = _Shelf(layout)
     bwrap = layout.bwrap
-    if layout.bwrap_folder and layout.shelf:
+    if layout.bwrap_folder and layout.bwrap_folder in layout.hidden:
         # The folder of a bundled bubblewrap is shown whole, since its libraries are found beside it.
         inside = PurePosixPath(layout.bwrap).relative_to(layout.bwrap_folder)
         bwrap = f"{shelf.path(layout.bwrap_folder)}/{inside}"
@@ -101,14 +104,15 @@ def argv(profile: Profile, layout: Layout, status_fd: int) -> list[str]:
 
 
 class _Shelf:
-    """Numbers what the launcher is to show; without a shelf a path is its own."""
+    """Numbers what the launcher is to show; what is not hidden keeps its own path."""
 
-    def __init__(self, folder: str | None) -> None:
-        self.folder = folder
+    def __init__(self, layout: Layout) -> None:
+        self.folder = layout.shelf
+        self.hidden = layout.hidden
         self.shown: list[str] = []
 
     def path(self, source: str) -> str:
-        if self.folder is None:
+        if source not in self.hidden:
             return source
         if source not in self.shown:
             self.shown.append(source)
@@ -117,9 +121,7 @@ class _Shelf:
 
 def _launch(layout: Layout, shelf: _Shelf) -> Iterator[str]:
     yield from (layout.supervisor, "launch", "--parent", str(layout.parent_pid))
-    for procs in layout.cgroup.procs:
-        yield from ("--procs", procs)
-    if shelf.folder is not None:
+    if shelf.folder is not None and shelf.shown:
         yield from ("--shelf", shelf.folder)
         for source in shelf.shown:
             yield from ("--show", source)
@@ -144,12 +146,11 @@ def _mounts(profile: Profile, layout: Layout, shelf: _Shelf) -> Iterator[str]:
         yield from ("--symlink", target, path)
     for name in SYSTEM_FILES:
         yield from ("--ro-bind-try", f"/etc/{name}", f"/etc/{name}")
-    for name in ("passwd", "group", "nsswitch.conf"):
-        yield from ("--ro-bind", shelf.path(f"{layout.etc}/{name}"), f"/etc/{name}")
-    if profile.network is Network.NONE:
-        yield from ("--ro-bind", shelf.path(f"{layout.etc}/hosts"), "/etc/hosts")
-    else:
-        for name in ("hosts", "resolv.conf"):
+    yield from ("--ro-bind", shelf.path(layout.etc), ETC_IN_BOX)
+    for name in OWN_FILES if profile.network is Network.OPEN else (*OWN_FILES, "hosts"):
+        yield from ("--symlink", f"{ETC_IN_BOX}/{name}", f"/etc/{name}")
+    if profile.network is Network.OPEN:
+        for name in NETWORK_FILES:
             yield from ("--ro-bind-try", f"/etc/{name}", f"/etc/{name}")
     yield from ("--proc", "/proc", "--tmpfs", "/dev")
     for name in DEVICES:

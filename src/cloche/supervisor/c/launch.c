@@ -1,8 +1,8 @@
-/* "launch": what the local backend starts instead of bubblewrap itself. It enters the box's cgroups, leaves root for a uid
- * of the run's own, ties its life to cloche's, and becomes bubblewrap. In C because it must happen between fork and exec,
- * where a threaded Python cannot do it safely.
+/* "launch": what the local backend starts instead of bubblewrap itself. It leaves root for a uid of the run's own, ties its
+ * life to cloche's, and becomes bubblewrap. In C because it must happen between fork and exec, where a threaded Python
+ * cannot do it safely.
  *
- *   launch --parent PID [--procs FILE]… [--shelf DIR [--show SRC]…] [--uid N --gid N] -- PROGRAM ARG…
+ *   launch --parent PID [--shelf DIR [--show SRC]…] [--uid N --gid N] -- PROGRAM ARG…
  *
  * --shelf: an existing folder on which, in a mount namespace of its own, a tmpfs is laid; every SRC is bound there as
  * DIR/0, DIR/1, … So a uid that may not enter /root can still be shown the interpreter that lives in it. */
@@ -25,16 +25,6 @@ static int die(const char *what, const char *which)
 {
 	fprintf(stderr, "launch: %s %s: %s\n", what, which, strerror(errno));
 	return 125;
-}
-
-static bool enter_cgroup(const char *procs)
-{
-	int fd = open(procs, O_WRONLY | O_CLOEXEC);
-	bool ok = fd >= 0 && write(fd, "0", 1) == 1;
-
-	if (fd >= 0)
-		close(fd);
-	return ok;
 }
 
 static bool lay_shelf(const char *dir)
@@ -81,10 +71,7 @@ int launch_main(int argc, char **argv)
 	for (; i + 1 < argc && strcmp(argv[i], "--") != 0; i += 2) {
 		const char *name = argv[i], *value = argv[i + 1];
 
-		if (strcmp(name, "--procs") == 0) {
-			if (!enter_cgroup(value))
-				return die("entering the cgroup", value);
-		} else if (strcmp(name, "--shelf") == 0) {
+		if (strcmp(name, "--shelf") == 0) {
 			shelf = value;
 		} else if (strcmp(name, "--show") == 0 && shown < sizeof sources / sizeof *sources) {
 			sources[shown++] = value;
