@@ -109,7 +109,7 @@ def test_exact_bytes_and_artifacts_in_python() -> None:
     assert result.stdout_raw == b"caf\xc3\xa9\n"
     assert result.stderr_raw == b"bad \xff"
     assert result.artifact("chart.png").data == b"0123"
-    with pytest.raises(KeyError, match="collected: chart.png"):
+    with pytest.raises(KeyError, match=r"collected: chart\.png"):
         result.artifact("other.png")
 
 
