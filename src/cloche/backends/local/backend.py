@@ -9,7 +9,7 @@ import platform
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
@@ -87,15 +87,24 @@ class LocalBox:
 class LocalBackend:
     """Boxes made with bubblewrap on this machine.
 
-    ``settings`` is not used beyond what a profile brings; ``owner`` names this process instance.
+    ``owner`` names this process instance. What may be used of this machine, ``bubblewraps`` and ``flavours`` of cgroups,
+    is found by looking; a test may offer less.
     """
 
-    def __init__(self, settings: Settings, owner: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        owner: str,
+        *,
+        bubblewraps: Callable[[], Iterable[Bubblewrap]] = probe.candidates,
+        flavours: Callable[[], Iterable[cgroup.Flavour]] = cgroup.flavours,
+    ) -> None:
         self._settings = settings
         self._owner_name = owner
+        self._bubblewraps = bubblewraps
+        self._flavours = flavours
         self._owner: owners.Owner | None = None
         self._ground: _Ground | None = None
-        self._refusal: Posture | None = None
         self._interpreters: dict[str, interpreters.Interpreter] = {}
 
     def capabilities(self) -> Capabilities:
@@ -119,11 +128,11 @@ class LocalBackend:
         if (reason := probe.platform_reason()) is not None:
             raise BackendUnavailable(reason, hint="Use the docker, kubernetes, opensandbox or remote mode.")
         supervisor = str(supervisor_path())
-        found = await to_thread.run_sync(lambda: list(probe.candidates()))
+        found = await to_thread.run_sync(lambda: list(self._bubblewraps()))
         if not found:
             raise BackendUnavailable("There is no bubblewrap on this machine.", hint="Install the bubblewrap package.")
         problem = ""
-        flavours = await to_thread.run_sync(lambda: list(cgroup.flavours()))
+        flavours = await to_thread.run_sync(lambda: list(self._flavours()))
         if self._owner is None:
             self._owner = await to_thread.run_sync(self._become_owner, flavours)
         for bubblewrap in found:
@@ -168,7 +177,7 @@ class LocalBackend:
             cgroup=manifest.CgroupPlan(),
             parent_pid=os.getpid(),
             shelf=shelf,
-            hidden=_hidden(supervisor, etc, bubblewrap.folder) if shelf else frozenset(),
+            hidden=_hidden(supervisor, etc, bubblewrap.folder or bubblewrap.path) if shelf else frozenset(),
             root_links=tuple(links),
             binds=tuple(binds),
             private_nproc=probe.has_private_nproc(platform.release()),

@@ -94,7 +94,7 @@ def memory_limit_bytes(profile: Profile) -> int:
 def argv(profile: Profile, layout: Layout, status_fd: int) -> list[str]:
     """The whole vector. ``status_fd`` is where bubblewrap writes the supervisor's pid as JSON."""
     shelf = _Shelf(layout)
-    bwrap = layout.bwrap
+    bwrap = shelf.path(layout.bwrap)
     if layout.bwrap_folder and layout.bwrap_folder in layout.hidden:
         # The folder of a bundled bubblewrap is shown whole, since its libraries are found beside it.
         inside = PurePosixPath(layout.bwrap).relative_to(layout.bwrap_folder)
