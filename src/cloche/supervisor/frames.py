@@ -53,6 +53,8 @@ class Hardening(IntFlag):
     OOM_COUNTER = 1024
     """The box's own oom-kill counter can be read."""
     NPROC = 2048
+    INODES = 4096
+    """The number of files in each writable mount is bounded."""
 
 
 class FrameError(Exception):

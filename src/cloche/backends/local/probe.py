@@ -74,7 +74,7 @@ def advice() -> str:
         (
             "kernel/apparmor_restrict_unprivileged_userns",
             "1",
-            "AppArmor allows user namespaces only to known programs: install the distribution's bubblewrap package.",
+            "AppArmor restricts user namespaces: give bubblewrap an AppArmor profile that allows them (docs/backends/local.md).",
         ),
         ("kernel/unprivileged_userns_clone", "0", "Allow user namespaces: sysctl kernel.unprivileged_userns_clone=1."),
         ("user/max_user_namespaces", "0", "Allow user namespaces: sysctl user.max_user_namespaces=15000."),
@@ -119,7 +119,18 @@ def guarantees(hardening: Hardening, flavour: Flavour, *, own_uid: bool, nproc: 
         bit(Hardening.NO_CAPABILITIES, "no-capabilities", "no capability is left", "capabilities are left"),
         bit(Hardening.NO_NEW_PRIVS, "no-new-privileges", "set by the supervisor", "could not be set"),
         bit(Hardening.SECCOMP, "system-call-filter", "the supervisor's filter is installed", "could not be installed"),
-        bit(Hardening.WORKSPACE_SEALED, "workspace-read-only", "a mount made read-only after filling", "not sealed"),
+        bit(Hardening.WORKSPACE_SEALED, "workspace-read-only", "a mount made read-only after filling", "not sealed")
+        if Hardening.LANDLOCK_WRITES not in hardening or Hardening.WORKSPACE_SEALED in hardening
+        else Guarantee(
+            "workspace-read-only", State.IN_FORCE, "by Landlock alone: the mount could not be made read-only"
+        ),
+        bit(
+            Hardening.INODES,
+            "file-count-limit",
+            "each writable mount holds at most 65536 files",
+            "the mounts' limits could not be set",
+            "Only the cgroup's memory limit bounds empty files.",
+        ),
         bit(
             Hardening.LANDLOCK_WRITES,
             "landlock",

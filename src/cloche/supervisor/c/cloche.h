@@ -27,6 +27,7 @@ enum hardening {
 	HARD_MEMORY_WATCH = 512,
 	HARD_OOM_COUNTER = 1024,
 	HARD_NPROC = 2048,
+	HARD_INODES = 4096,
 };
 
 /* How this box is to be kept; from the supervisor's own arguments, set by the backend. */
@@ -42,6 +43,7 @@ struct options {
 	const char *program, *program_path; /* a bare name, and where in the box it is */
 	bool sockets_unix_only;
 	bool seal_workspace;
+	bool need_landlock; /* nothing else keeps the workspace read-only */
 };
 
 /* What the script is and what bounds its run; from the bundle. */

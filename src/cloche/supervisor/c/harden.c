@@ -158,6 +158,10 @@ const char *harden_script(const struct options *o, pid_t supervisor, unsigned *d
 		return "capset";
 	*done |= HARD_NO_CAPABILITIES;
 	*done |= landlock(o->output);
+	if (o->need_landlock && !(*done & HARD_LANDLOCK_WRITES)) {
+		errno = EPERM;
+		return "the workspace can be made read-only neither as a mount nor by Landlock";
+	}
 
 	struct seccomp_rules rules = {
 		.supervisor = supervisor,

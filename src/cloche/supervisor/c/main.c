@@ -5,7 +5,8 @@
  *       [--sockets unix] [--seal] [--inodes N] [--program NAME --program-path PATH]
  *
  * --seal: /workspace is a mount that this process may make read-only. --inodes: likewise bound the writable ones, whose
- * empty files would be memory that nobody counts. --program: where in the box the plan's argv[0] is, if not on PATH.
+ * empty files would be memory that nobody counts. Where a security module takes the capability for both away (Ubuntu's
+ * AppArmor profile for bubblewrap does), Landlock must keep the workspace read-only, else the run is refused. --program: where in the box the plan's argv[0] is, if not on PATH.
  *
  * Its own life is one thread and one poll loop. Exit status 0: the last frame was delivered. */
 #include "cloche.h"
@@ -225,33 +226,28 @@ static bool take_bundle(struct bundle *b, int *input)
 	else if (!ok)
 		frame_fail("protocol-error", "The bundle cannot be read: %s%s%s.", b->error, b->sink_errno ? ": " : "",
 			   b->sink_errno ? strerror(b->sink_errno) : "");
-	int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
+	int null = open("/dev/null", O_RDONLY | O_CLOEXEC); /* 0 itself, if the bundle came through it */
 
-	if (null >= 0) {
-		dup2(null, 0);
+	if (null > 0 && dup2(null, 0) == 0)
 		close(null);
-	}
+	else if (null == 0)
+		fcntl(0, F_SETFD, 0);
 	*input = u.input >= 0 ? u.input : 0;
 	return ok;
 }
 
-static bool seal_mounts(void)
+static void seal_mounts(void)
 {
 	const char *writable[] = {run.o.output, WRITABLE_TMP, WRITABLE_SHM};
+	bool bounded = run.o.inodes > 0;
 
 	if (run.o.seal_workspace) {
-		if (!seal_workspace(run.o.workspace)) {
-			frame_fail("isolation-unavailable", "The workspace cannot be made read-only: %s.", strerror(errno));
-			return false;
-		}
-		run.hardening |= HARD_WORKSPACE_SEALED;
+		run.o.need_landlock = !seal_workspace(run.o.workspace);
+		run.hardening |= run.o.need_landlock ? 0u : HARD_WORKSPACE_SEALED;
 	}
-	for (size_t i = 0; run.o.inodes > 0 && i < sizeof writable / sizeof *writable; i++)
-		if (!bound_inodes(writable[i], run.o.inodes)) {
-			frame_fail("isolation-unavailable", "The files in %s cannot be bounded: %s.", writable[i], strerror(errno));
-			return false;
-		}
-	return true;
+	for (size_t i = 0; bounded && i < sizeof writable / sizeof *writable; i++)
+		bounded = bound_inodes(writable[i], run.o.inodes);
+	run.hardening |= bounded ? HARD_INODES : 0u;
 }
 
 /* False: there is no process left. */
@@ -438,8 +434,7 @@ static int run_main(void)
 	}
 	if (!take_bundle(&bundle, &input))
 		return 1;
-	if (!seal_mounts())
-		return 1;
+	seal_mounts();
 	if (script_same_uid(&run.o) && !drop_own_capabilities(true)) {
 		frame_fail("isolation-unavailable", "Capabilities cannot be dropped: %s.", strerror(errno));
 		return 1;
