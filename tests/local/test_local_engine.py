@@ -23,6 +23,7 @@ from cloche.backends.local.backend import LocalBackend
 from cloche.backends.local.cgroup import Flavour
 from cloche.backends.local.probe import Bubblewrap
 from cloche.errors import BackendUnavailable
+from cloche.isolation import State
 from cloche.testing.conformance import must_work
 
 pytestmark = pytest.mark.anyio
@@ -136,6 +137,47 @@ async def test_when_no_bubblewrap_works_its_own_words_are_told(tmp_path: Path) -
         async with sandbox(bubblewraps=lambda: [Bubblewrap(str(broken), None, (0, 8, 0))]):
             pass
     assert caught.value.hint
+
+
+DEPRIVING = """#!/bin/bash
+# bubblewrap whose children have no capabilities, as Ubuntu's AppArmor profile for it makes them
+for word; do
+    if [[ $word == --cap-add ]]; then skip=yes; elif [[ -n $skip ]]; then skip=; else words+=("$word"); fi
+done
+exec bwrap "${words[@]}"
+"""
+WRITES = """
+import os
+def attempt(what, *args):
+    try:
+        what(*args)
+        print("succeeded:", what.__name__, args)
+    except OSError as error:
+        pass
+attempt(open, "/workspace/main.py", "w")
+attempt(open, "/workspace/new", "w")
+attempt(os.truncate, "/workspace/main.py", 0)
+attempt(os.unlink, "/workspace/main.py")
+attempt(os.rename, "/workspace/main.py", "/workspace/other.py")
+attempt(os.mkdir, "/workspace/folder")
+attempt(os.symlink, "/etc/passwd", "/workspace/link")
+attempt(os.link, "/workspace/main.py", "/tmp/main.py")
+open("/tmp/x", "w").write("x"); os.rename("/tmp/x", "/tmp/y"); os.link("/tmp/y", "/tmp/z")
+print("done")
+"""
+
+
+async def test_the_workspace_is_read_only_where_bubblewraps_children_have_no_capabilities(tmp_path: Path) -> None:
+    """Where the supervisor cannot seal the mount, Landlock keeps the workspace read-only, and the posture says which."""
+    depriving = tmp_path / "bwrap"
+    depriving.write_text(DEPRIVING)
+    depriving.chmod(0o755)
+    async with sandbox(bubblewraps=lambda: [Bubblewrap(str(depriving), None, (0, 11))]) as box:
+        posture = {g.name: g for g in (await box.posture()).guarantees}
+        assert "Landlock alone" in posture["workspace-read-only"].evidence
+        assert posture["file-count-limit"].state is State.NOT_IN_FORCE
+        result = await box.run(Spec(content=WRITES, name="main.py"))
+    assert (result.stdout, result.stderr) == ("done\n", "")
 
 
 async def test_an_interpreter_in_a_closed_folder_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
