@@ -20,7 +20,7 @@ from cloche.isolation import Posture
 from cloche.result import Fold, Result
 from cloche.runtime.admission import Admission
 from cloche.runtime.choose import Chosen, check_floor, choose, let_go
-from cloche.runtime.run import Counters, House, Run
+from cloche.runtime.life import Counters, House, Run
 from cloche.runtime.sweep import sweep
 from cloche.settings import Settings
 from cloche.spec import Spec

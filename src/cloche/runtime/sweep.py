@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from cloche.backends.contract import Backend
-from cloche.runtime.run import Counters
+from cloche.runtime.life import Counters
 
 _log = logging.getLogger("cloche.runtime")
 
