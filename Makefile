@@ -61,7 +61,7 @@ format: $(VENV)/.ready ## let ruff mend what it can
 types: $(VENV)/.ready ## mypy over everything, pyright over the public API
 	$(BIN)/mypy
 	$(BIN)/pyright
-	PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes cloche --ignoreexternal
+	PATH="$(CURDIR)/$(BIN):$$PATH" python typing_tests/verify.py
 
 imports: $(VENV)/.ready ## the direction of imports
 	$(BIN)/lint-imports

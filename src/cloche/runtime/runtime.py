@@ -51,8 +51,8 @@ class Sandbox:
     """
 
     def __init__(self, settings: Settings | None = None, *, backends: Mapping[str, BackendFactory] = TABLE) -> None:
-        self.settings = Settings() if settings is None else settings
-        self.owner = f"o{secrets.token_hex(8)}"
+        self.settings: Settings = Settings() if settings is None else settings
+        self.owner: str = f"o{secrets.token_hex(8)}"
         """Stands on every box that this sandbox makes."""
         self._table = backends
         self._house: House | None = None
