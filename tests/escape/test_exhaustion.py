@@ -1,0 +1,235 @@
+"""Taking all there is: processes, memory that is in no process, files, fds, output. The run ends in order, and the host lives."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from anyio import to_thread
+from tests.escape.attack import ENDING, FILLER, assert_unharmed, attack, script
+
+import cloche
+from cloche.testing.conformance import Target, assert_exited, observe
+
+MIB = 2**20
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+
+
+async def test_pids_full(sandbox: cloche.Sandbox, target: Target) -> None:
+    """With every place for a process taken, by processes that ignore all signals, the supervisor still ends the run.
+
+    Guard: the pids bound (cgroup or RLIMIT_NPROC), and the supervisor needs no new process.
+    """
+    word = observe.marker()
+    setup = r"""
+made = 0
+try:
+    while made < 2000:
+        pid = os.fork()
+        if pid == 0:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            time.sleep(60)
+            os._exit(0)
+        made += 1
+except OSError:
+    pass
+import threading
+threads = 0
+try:
+    while threads < 2000:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        threads += 1
+except RuntimeError:
+    pass
+"""
+    after = "verdict('filled', **({'refused': 'nothing gained'} if 10 < made + threads < 128 else {'gained': made + threads}))\n"
+    source = script({}, setup, after + "sys.stdout.flush()").replace(
+        f"sys.stderr.write({ENDING!r})", "os.write(2, b'')"
+    ) + (f"\nsys.stdout.flush(); os.write(2, {ENDING.encode()!r}); os._exit(0)\n")
+    result = await sandbox.run(cloche.Spec(name="attack.py", content=source, args=[word], timeout=20))
+    assert_unharmed(result)
+    assert '"refused": "nothing gained"' in result.stdout, result.stdout[:300]
+    if target.on_this_host:
+        assert await to_thread.run_sync(observe.gone, word)
+
+
+HOARDS = {
+    # Memory that no process has mapped: each takes 4 MiB a step, up to 768 MiB, and says how far it came.
+    "memfd": r"""
+fds = []
+def take():
+    fd = call("memfd_create", b"hoard", 0)
+    fds.append(fd)
+    for _ in range(4):
+        os.write(fd, b"x" * MIB)
+""",
+    "shared memory": r"""
+LIBC.shmat.restype = ctypes.c_void_p
+def take():
+    ident = LIBC.shmget(0, 4 * MIB, 0o1600)
+    if ident < 0:
+        raise OSError(ctypes.get_errno(), "shmget")
+    address = LIBC.shmat(ident, None, 0)
+    ctypes.memset(address, 1, 4 * MIB)
+    LIBC.shmdt(ctypes.c_void_p(address))
+""",
+    "deleted files": r"""
+fds = []
+def take():
+    fd = os.open("/dev/shm/x%d" % len(fds), os.O_CREAT | os.O_RDWR)
+    os.unlink("/dev/shm/x%d" % len(fds))
+    fds.append(fd)
+    for _ in range(4):
+        os.write(fd, b"x" * MIB)
+""",
+    "pipes": r"""
+fds = []
+def take():
+    for _ in range(64):
+        ends = os.pipe2(os.O_NONBLOCK)
+        fds.append(ends)
+        quietly(fcntl.fcntl, ends[1], 1031, MIB)
+        os.write(ends[1], b"x" * 65536)
+""",
+    "sockets": r"""
+fds = []
+def take():
+    for _ in range(20):
+        pair = socket.socketpair()
+        fds.append(pair)
+        pair[0].setblocking(False)
+        try:
+            while True:
+                pair[0].send(b"x" * 65536)
+        except BlockingIOError:
+            pass
+""",
+    "anonymous shared": r"""
+maps = []
+def take():
+    m = mmap.mmap(-1, 4 * MIB)
+    maps.append(m)
+    m.write(b"x" * (4 * MIB))
+""",
+    "children": r"""
+pids = []
+def take():
+    pid = os.fork()
+    if pid == 0:
+        kept = b"x" * (4 * MIB)
+        time.sleep(60)
+    pids.append(pid)
+    time.sleep(0.01)
+    if any(os.waitpid(pid, os.WNOHANG)[0] for pid in pids):
+        raise OSError(errno.ENOMEM, "one was killed")
+""",
+}
+LIMIT = 96 * MIB
+
+
+@pytest.mark.parametrize("kind", HOARDS)
+async def test_hoards(sandbox: cloche.Sandbox, kind: str) -> None:
+    """Memory outside of any process is bounded like the rest: the script is refused more, or is out of memory.
+
+    Guards: the memory cgroup; without one, the supervisor's watch, and the filter on memory that it cannot see.
+    """
+    before = _available_bytes()
+    source = script(
+        {},
+        HOARDS[kind]
+        + r"""
+taken = 0
+try:
+    while taken < 768 * MIB:
+        take()
+        taken += 4 * MIB
+        os.write(2, b"%d\n" % taken)
+except OSError as exc:
+    os.write(2, b"%d %s\n" % (taken, errno.errorcode[exc.errno].encode()))
+""",
+    )
+    result = await sandbox.run(cloche.Spec(name="attack.py", content=source, memory=LIMIT, timeout=20, pids=64))
+    taken = max((int(line.split()[0]) for line in result.stderr.splitlines() if line[:1].isdigit()), default=0)
+    assert taken < 768 * MIB if kind == "pipes" else taken <= LIMIT, f"held {taken / MIB:.0f} MiB of {LIMIT / MIB:.0f}"
+    match result.outcome:
+        case cloche.Outcome.EXITED:
+            assert_exited(result)
+            assert result.stdout.endswith(FILLER + ENDING)
+        case outcome:
+            assert outcome is cloche.Outcome.OUT_OF_MEMORY, result
+    assert before - _available_bytes() < 512 * MIB
+
+
+async def test_fds(sandbox: cloche.Sandbox) -> None:
+    """A script out of fds, in each of many processes, is out of them itself; its supervisor is not. Guard: RLIMIT_NOFILE."""
+    setup = r"""
+def hold():
+    held = []
+    try:
+        while len(held) < 100_000:
+            held.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError as exc:
+        return exc.errno == errno.EMFILE, len(held)
+children = []
+for _ in range(20):
+    read_end, write_end = os.pipe()
+    if os.fork() == 0:
+        full, n = hold()
+        os.write(write_end, b"y" if full and n < 70_000 else b"n")
+        time.sleep(60)
+    children.append(os.read(read_end, 1))
+"""
+    await attack(sandbox, {"endless fds": "[c for c in children if c != b'y']"}, setup=setup)
+
+
+async def test_raising_own_limits(sandbox: cloche.Sandbox) -> None:
+    """A limit that was set cannot be raised again. Guard: hard limits, and no capability."""
+    setup = r"""
+import resource
+def raised(which):
+    soft, hard = resource.getrlimit(which)
+    assert hard != resource.RLIM_INFINITY, "was never set"
+    # The C library's call: Python's own turns EPERM into ValueError.
+    call("prlimit64", 0, which, struct.pack("QQ", 2**40, 2**40), None)
+    return resource.getrlimit(which)
+def spared():
+    with open("/proc/self/oom_score_adj", "w", buffering=1) as file:
+        file.write("-1000\n")
+"""
+    attempts = {name: f"raised(resource.{name})" for name in ("RLIMIT_NOFILE", "RLIMIT_FSIZE", "RLIMIT_CORE")}
+    attempts["oom_score_adj"] = "spared() or True"
+    await attack(sandbox, attempts, setup=setup)
+
+
+async def test_endless_output_everywhere(sandbox: cloche.Sandbox) -> None:
+    """Eight processes that write without end to both streams neither delay nor swell the run's end.
+
+    Guard: bounded rings, and the clock does not wait for readers or writers.
+    """
+    source = (
+        "import os\nfor _ in range(3): os.fork()\nwhile True:\n    os.write(1, b'x' * 65536); os.write(2, b'y' * 65536)"
+    )
+    begin = time.monotonic()
+    result = await sandbox.run(cloche.Spec(name="attack.py", content=source, timeout=1))
+    assert result.outcome is cloche.Outcome.TIMED_OUT
+    assert time.monotonic() - begin < 5
+    assert len(result.stdout_raw) <= MIB
+    assert result.stdout_bytes > 4 * MIB
+
+
+async def test_inodes(sandbox: cloche.Sandbox) -> None:
+    """Very many empty files end in ENOSPC or fit into the run's memory; the run goes on. Guard: bounded tmpfs, memory bound."""
+    setup = r"""
+made = 0
+try:
+    while made < 60_000:
+        os.close(os.open("/tmp/%d" % made, os.O_CREAT | os.O_WRONLY))
+        made += 1
+except OSError as exc:
+    assert exc.errno == errno.ENOSPC, exc
+"""
+    await attack(sandbox, {"filled": "False"}, setup=setup, timeout=30)

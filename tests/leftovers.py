@@ -1,0 +1,127 @@
+"""What runs of cloche could leave on a machine: processes, cgroups, files of their owners, folders.
+
+Other programs on the machine may use cloche at the same time. What descends from them, or belongs to an owner that they
+keep alive (by a lock on its file), is none of our business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+GRACE_S = 5.0
+"""Removal goes on after a result. On a busy machine it takes a while; what is still there after this time is left behind."""
+PROGRAMS = (b"bwrap", b"cloche-supervisor")
+LASTING = ("shelf",)
+"""Made once and kept: the empty folder on which a root cloche builds its boxes."""
+
+
+def now() -> frozenset[str]:
+    """All there is at this moment, as text for people."""
+    return frozenset({*_processes(), *_cgroups(), *_owner_files(), *_folders()})
+
+
+def left_since(before: frozenset[str]) -> list[str]:
+    """What has come since, and does not go."""
+    end = time.monotonic() + GRACE_S
+    left = now() - before
+    while left and time.monotonic() < end:
+        time.sleep(0.05)
+        left &= now()
+    return sorted(left)
+
+
+def _parents() -> dict[int, int]:
+    found = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                found[int(entry.name)] = int(Path(entry.path, "stat").read_text().rsplit(")", 1)[1].split()[1])
+    return found
+
+
+def _ours(pid: int, parents: dict[int, int]) -> bool:
+    """Whether a process descends from this one."""
+    while pid > 1 and pid != os.getpid():
+        pid = parents.get(pid, 0)
+    return pid == os.getpid()
+
+
+def _program(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return os.path.basename(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0])
+    return b""
+
+
+def _processes() -> Iterator[str]:
+    """Processes of boxes that descend from us, or whose starter is dead."""
+    parents = _parents()
+    for pid in parents:
+        if (program := _program(pid)) in PROGRAMS:
+            top = pid
+            while (above := parents.get(top, 0)) > 1 and _program(above) in PROGRAMS:
+                top = above
+            if _ours(pid, parents) or parents.get(top, 0) <= 1:
+                yield f"process {pid}, {program.decode()}"
+
+
+def _state_folder() -> Path:
+    if os.geteuid() == 0:
+        return Path("/run/cloche")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime, "cloche") if runtime else Path(f"/tmp/cloche-{os.geteuid()}")
+
+
+def _owners_of_others() -> set[str]:
+    """Owners that a living process keeps, which is no descendant of ours."""
+    parents = _parents()
+    holders = {}
+    for line in Path("/proc/locks").read_text().splitlines():
+        words = line.split()
+        if "FLOCK" in words:
+            at = words.index("FLOCK")
+            holders[int(words[at + 4].rsplit(":", 1)[1])] = int(words[at + 3])
+    found = set()
+    for path in _state_folder().glob("*.owner"):
+        with contextlib.suppress(OSError):
+            holder = holders.get(path.stat().st_ino)
+            if holder is not None and not _ours(holder, parents):
+                found.add(path.stem)
+    return found
+
+
+def _owner_files() -> Iterator[str]:
+    folder, others = _state_folder(), _owners_of_others()
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.name not in LASTING and path.stem not in others:
+                yield f"file {path}"
+
+
+def _cgroups() -> Iterator[str]:
+    others = _owners_of_others()
+    for folder, folders, _ in os.walk("/sys/fs/cgroup"):
+        for name in [name for name in folders if name.startswith("cloche")]:
+            folders.remove(name)
+            if not any(owner in name for owner in others):
+                yield f"cgroup {folder}/{name}"
+
+
+def _folders() -> Iterator[str]:
+    kept = {_state_folder(), Path("/run/cloche")}
+    for top in {
+        tempfile.gettempdir(),
+        "/tmp",
+        "/var/tmp",
+        "/run",
+        "/dev/shm",
+        os.environ.get("XDG_RUNTIME_DIR") or "/run",
+    }:
+        with contextlib.suppress(OSError):
+            for path in Path(top).iterdir():
+                if path.name.startswith("cloche") and path not in kept and path.stat().st_uid == os.geteuid():
+                    yield f"path {path}"
