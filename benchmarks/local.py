@@ -144,8 +144,6 @@ async def endure(runs: int, sandbox: cloche.Sandbox, folder: Path) -> dict[str, 
         "runs": runs,
         "memory_growth_bytes": me.memory_info().rss - before,
         "fd_growth": me.num_fds() - fds,
-        "processes_left": len(me.children(recursive=True)),
-        "cgroups_left": cgroups_left(sandbox.owner),
     }
 
 
@@ -195,12 +193,15 @@ async def measure(rounds: int, runs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         async with cloche.Sandbox(settings) as sandbox:
             posture = await sandbox.posture()
-            return {
+            found: dict[str, Any] = {
                 "machine": {"kernel": platform.release(), "cpus": os.cpu_count(), "engine": posture.engine},
                 "rounds": rounds,
                 "programs": await compare(rounds, sandbox, Path(folder)),
                 "endurance": await endure(runs, sandbox, Path(folder)),
             }
+    found["endurance"]["processes_left"] = len(psutil.Process().children(recursive=True))
+    found["endurance"]["cgroups_left"] = cgroups_left(sandbox.owner)
+    return found
 
 
 def main() -> int:

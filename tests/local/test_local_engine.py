@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import anyio
+import psutil
 import pytest
 
 from cloche import Outcome, Sandbox, Settings, Spec
@@ -258,12 +258,12 @@ async def test_what_a_killed_client_left_goes_at_the_next_open() -> None:
             assert client.stdout is not None
             names.append(client.stdout.readline().strip())
             assert client.stdout.readline() == "running\n"
+        box_processes = psutil.Process(clients[0].pid).children(recursive=True)
+        assert "bwrap" in {process.name() for process in box_processes}
         clients[0].send_signal(signal.SIGKILL)
         clients[0].wait()
-        end = time.monotonic() + 2
-        while boxes_below(clients[0].pid) and time.monotonic() < end:
-            time.sleep(0.01)  # noqa: ASYNC251 - nothing else is going on here
-        assert not boxes_below(clients[0].pid)
+        _, alive = psutil.wait_procs(box_processes, timeout=2)
+        assert not alive
         before = cgroups_of(names[1])
         async with sandbox() as box:
             await box.run(Spec(content="", name="x.py"))
@@ -277,14 +277,3 @@ async def test_what_a_killed_client_left_goes_at_the_next_open() -> None:
             client.communicate()
     async with sandbox():
         pass  # sweeps what the second one left
-
-
-def boxes_below(pid: int) -> list[int]:
-    """Supervisors started for a client: they name it in their launcher's arguments, or are its descendants."""
-    found = []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if f"--parent\0{pid}\0" in Path(entry.path, "cmdline").read_text():
-                    found.append(int(entry.name))
-    return found

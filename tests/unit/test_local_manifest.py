@@ -18,7 +18,6 @@ LAYOUT = Layout(
     supervisor="/root/venv/supervisor",
     etc="/root/venv/etc",
     cgroup=CgroupPlan(),
-    parent_pid=42,
 )
 
 

@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -47,6 +46,23 @@ class _Ground:
     flavour: cgroup.Flavour
     layout: Layout
     posture: Posture
+
+
+@dataclass(frozen=True, slots=True)
+class _Launcher:
+    """A launcher's process and the cgroup that it is in."""
+
+    process: client.BoxProcess
+    group: cgroup.Cgroup
+
+    async def close(self) -> None:
+        await self.process.close()
+        for folder in await to_thread.run_sync(cgroup.remove, self.group.folders):
+            log.warning("the cgroup %s could not be removed; it is left to sweep", folder)
+
+
+def _launcher_vector(layout: Layout, group: cgroup.Cgroup) -> list[str]:
+    return manifest.launcher(layout.supervisor, group.plan, os.getpid())
 
 
 class LocalBox:
@@ -105,6 +121,9 @@ class LocalBackend:
         self._flavours = flavours
         self._owner: owners.Owner | None = None
         self._ground: _Ground | None = None
+        self._preparing = False
+        self._standby: _Launcher | None = None
+        """One launcher that waits for the next run: starting it and entering its cgroup are then off that run's path."""
         self._interpreters: dict[str, interpreters.Interpreter] = {}
 
     def capabilities(self) -> Capabilities:
@@ -175,7 +194,6 @@ class LocalBackend:
             supervisor=supervisor,
             etc=etc,
             cgroup=manifest.CgroupPlan(),
-            parent_pid=os.getpid(),
             shelf=shelf,
             hidden=_hidden(supervisor, etc, bubblewrap.folder or bubblewrap.path) if shelf else frozenset(),
             root_links=tuple(links),
@@ -243,30 +261,75 @@ class LocalBackend:
 
     @contextlib.asynccontextmanager
     async def _box(self, profile: Profile, layout: Layout, flavour: cgroup.Flavour) -> AsyncIterator[LocalBox]:
-        group = await to_thread.run_sync(cgroup.create, flavour, profile)
+        launcher = await self._take_launcher(profile, layout, flavour)
         try:
             uid = FIRST_UID + secrets.randbelow(UIDS) if os.geteuid() == 0 else None
-            layout = replace(layout, cgroup=group.plan, host_uid=uid)
-            env = dict(os.environ) if flavour.kind == "systemd" else {}
-            async with client.start(partial(manifest.argv, profile, layout), env) as process:
-                if group.folders and process.supervisor_pid is not None:
-                    await to_thread.run_sync(cgroup.attach, group, process.supervisor_pid)
-                yield LocalBox(process, group)
+            layout = replace(layout, cgroup=launcher.group.plan, host_uid=uid)
+            await launcher.process.go(manifest.argv(profile, layout, launcher.process.status_fd))
+            await to_thread.run_sync(cgroup.limit, flavour, launcher.group, profile)
+            await launcher.process.find_supervisor()
+            yield LocalBox(launcher.process, launcher.group)
         finally:
             with anyio.CancelScope(shield=True):
-                for folder in await to_thread.run_sync(cgroup.remove, group.folders):
-                    log.warning("the cgroup %s could not be removed; it is left to sweep", folder)
+                await launcher.close()
+                await self._stand_by()
+
+    async def _stand_by(self) -> None:
+        """Have one launcher ready for the next run. Failing is no harm: that run will try again, and say why."""
+        if self._ground is None or self._standby is not None or self._preparing:
+            return
+        self._preparing = True
+        try:
+            self._standby = await self._new_launcher(self._ground.layout, self._ground.flavour)
+        except OSError as exc:
+            log.info("no launcher stands by: %s", exc)
+        finally:
+            self._preparing = False
+
+    async def _take_launcher(self, profile: Profile, layout: Layout, flavour: cgroup.Flavour) -> _Launcher:
+        """The one that stands by, else a new one."""
+        standby, self._standby = self._standby, None
+        if standby is not None and standby.process.alive:
+            return standby
+        if standby is not None:
+            await standby.close()
+        if flavour.kind == "systemd":
+            group = cgroup.scope(flavour, profile)
+            return _Launcher(client.BoxProcess(_launcher_vector(layout, group), dict(os.environ)), group)
+        launcher = await self._new_launcher(layout, flavour)
+        assert launcher is not None
+        return launcher
+
+    async def _new_launcher(self, layout: Layout, flavour: cgroup.Flavour) -> _Launcher | None:
+        """A launcher in a cgroup of its own, standing by. None where the cgroup needs to know the run first.
+
+        Raises:
+            OSError: the kernel refused cgroup or process.
+        """
+        if flavour.kind == "systemd":
+            return None
+        group = cgroup.NO_CGROUP
+        if flavour.kind != "none":
+            group = await to_thread.run_sync(cgroup.create, flavour, self._owner_name)
+        try:
+            return _Launcher(client.BoxProcess(_launcher_vector(layout, group), {}), group)
+        except OSError:
+            await to_thread.run_sync(cgroup.remove, group.folders)
+            raise
 
     async def sweep(self) -> Sequence[Leftover]:
         """Remove what dead owners left: cgroups, and the processes in them."""
         return await to_thread.run_sync(_sweep)
 
     async def aclose(self) -> None:
-        """Give up the owner's lock."""
+        """End the launcher that stands by, and give up the owner's lock."""
+        self._ground = None
+        if self._standby is not None:
+            await self._standby.close()
+            self._standby = None
         if self._owner is not None:
             self._owner.close()
             self._owner = None
-        self._ground = None
 
 
 def _hidden(*paths: str | None) -> frozenset[str]:

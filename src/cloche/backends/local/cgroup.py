@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from cloche.backends.local.manifest import Bind, CgroupPlan, memory_limit_bytes
 CPU_PERIOD_US = 100_000
 """The kernel's default period for CPU bandwidth (Documentation/scheduler/sched-bwc.rst)."""
 MONITOR_PIDS = 1
-"""bubblewrap's outer process lives in a scope too; into the other cgroups only the supervisor is brought."""
+"""bubblewrap's outer process lives in the box's cgroup too."""
 REMOVE_TIMEOUT_S = 5.0
 
 
@@ -48,7 +49,7 @@ class Cgroup:
 
     plan: CgroupPlan
     folders: tuple[Path, ...] = ()
-    """Where the supervisor is brought, and what is to be removed; empty where a service manager does both."""
+    """What is to be removed; empty where a service manager does that."""
     counters: Path | None = None
     """The folder with the memory counters."""
 
@@ -92,41 +93,64 @@ def name_prefix(owner: str) -> str:
     return f"cloche-{owner}."
 
 
-def create(flavour: Flavour, profile: Profile) -> Cgroup:
-    """Make the box's cgroup with its limits.
+def create(flavour: Flavour, owner: str) -> Cgroup:
+    """Make a box's cgroup, still without limits. For ``v1`` and ``v2``; a scope is made with its limits, by :func:`scope`.
 
     Raises:
         OSError: the kernel refused it.
     """
+    name = f"{name_prefix(owner)}{secrets.token_hex(6)}"
+    made: list[Path] = []
+    try:
+        for folder in dict.fromkeys(root / name for root in flavour.roots.values()):
+            folder.mkdir()
+            made.append(folder)
+    except OSError:
+        remove(made)
+        raise
+    memory = flavour.roots["memory"] / name
+    shown = Bind(str(memory), "/sys/fs/cgroup" if flavour.kind == "v2" else "/sys/fs/cgroup/memory")
+    procs = tuple(f"{folder}/cgroup.procs" for folder in made)
+    return Cgroup(CgroupPlan(procs=procs, bounded=True, shown=(shown,)), tuple(made), memory)
+
+
+def scope(flavour: Flavour, profile: Profile) -> Cgroup:
+    """A scope of the user's systemd, which makes it, bounds it and removes it."""
     name = f"{name_prefix(profile.owner)}{profile.run_id}"
-    match flavour.kind:
-        case "v2":
-            folder = flavour.roots["memory"] / name
-            _make(folder, _v2_limits(profile))
-            shown = (Bind(str(folder), "/sys/fs/cgroup"),)
-            return Cgroup(CgroupPlan(bounded=True, shown=shown), (folder,), folder)
-        case "v1":
-            return _create_v1(flavour, profile, name)
-        case "systemd":
-            folder = flavour.roots["scope"] / f"{name}.scope"
-            shown = (Bind(str(folder), "/sys/fs/cgroup"),)
-            return Cgroup(CgroupPlan(bounded=True, shown=shown, prefix=_scope_command(profile, name)), (), folder)
-        case _:
-            return NO_CGROUP
+    folder = flavour.roots["scope"] / f"{name}.scope"
+    plan = CgroupPlan(bounded=True, shown=(Bind(str(folder), "/sys/fs/cgroup"),), prefix=_scope_command(profile, name))
+    return Cgroup(plan, (), folder)
 
 
-def attach(cgroup: Cgroup, pid: int) -> None:
-    """Bring the supervisor into its cgroup, while it is still alone in its box and waits for its bundle.
-
-    The kernel may take some milliseconds for the first of these writes (it waits for an RCU grace period), so this happens
-    while bubblewrap makes the box's mounts, not before.
+def limit(flavour: Flavour, cgroup: Cgroup, profile: Profile) -> None:
+    """Write the limits of a run into the cgroup of its box, before the script exists.
 
     Raises:
-        OSError: the kernel refused it.
+        OSError: the kernel refused one.
     """
-    for folder in cgroup.folders:
-        with contextlib.suppress(ProcessLookupError):  # it has died; its output tells why
-            (folder / "cgroup.procs").write_text(str(pid))
+    limits, memory = profile.limits, str(memory_limit_bytes(profile))
+    pids, quota = str(limits.pids + MONITOR_PIDS), str(max(1000, round(limits.cpus * CPU_PERIOD_US)))
+    wanted: dict[str, dict[str, str]] = {
+        "v2": {
+            "memory.max": memory,
+            "memory.swap.max?": "0",
+            "pids.max": pids,
+            "cpu.max?": f"{quota} {CPU_PERIOD_US}",
+        },
+        "v1": {
+            "memory.limit_in_bytes": memory,
+            "memory.memsw.limit_in_bytes?": memory,
+            "pids.max": pids,
+            "cpu.cfs_quota_us?": quota,  # of the kernel's own period of 100 ms
+        },
+    }
+    for name, value in wanted.get(flavour.kind, {}).items():
+        optional = name.endswith("?")  # swap accounting may be off, the cpu controller may not be ours
+        there = [file for folder in cgroup.folders if (file := folder / name.removesuffix("?")).exists()]
+        if not there and not optional:
+            raise FileNotFoundError(f"no {name} in {', '.join(map(str, cgroup.folders))}")
+        for file in there:
+            file.write_text(value)
 
 
 def remove(folders: Iterable[Path]) -> list[Path]:
@@ -163,55 +187,6 @@ def _kill_all(folder: Path) -> None:
         for pid in (folder / "cgroup.procs").read_text().split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
-
-
-def _make(folder: Path, limits: Mapping[str, str]) -> None:
-    folder.mkdir()
-    try:
-        for name, value in limits.items():
-            target = folder / name
-            if name.endswith("?"):  # not on every kernel: swap accounting may be off
-                target = folder / name[:-1]
-                if not target.exists():
-                    continue
-            target.write_text(value)
-    except OSError:
-        folder.rmdir()
-        raise
-
-
-def _v2_limits(profile: Profile) -> dict[str, str]:
-    limits = profile.limits
-    return {
-        "memory.max": str(memory_limit_bytes(profile)),
-        "memory.swap.max?": "0",
-        "pids.max": str(limits.pids),
-        "cpu.max?": f"{max(1000, round(limits.cpus * CPU_PERIOD_US))} {CPU_PERIOD_US}",
-    }
-
-
-def _create_v1(flavour: Flavour, profile: Profile, name: str) -> Cgroup:
-    limits, memory = profile.limits, str(memory_limit_bytes(profile))
-    wanted = {
-        "memory": {"memory.limit_in_bytes": memory, "memory.memsw.limit_in_bytes?": memory},
-        "pids": {"pids.max": str(limits.pids)},
-        "cpu": {
-            "cpu.cfs_period_us": str(CPU_PERIOD_US),
-            "cpu.cfs_quota_us": str(max(1000, round(limits.cpus * CPU_PERIOD_US))),
-        },
-    }
-    made: list[Path] = []
-    try:
-        for controller, root in flavour.roots.items():
-            _make(root / name, wanted[controller])
-            made.append(root / name)
-    except OSError:
-        for folder in made:
-            folder.rmdir()
-        raise
-    counters = flavour.roots["memory"] / name
-    plan = CgroupPlan(bounded=True, shown=(Bind(str(counters), "/sys/fs/cgroup/memory"),))
-    return Cgroup(plan, tuple(made), counters)
 
 
 def _scope_command(profile: Profile, name: str) -> tuple[str, ...]:

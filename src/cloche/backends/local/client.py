@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import anyio
@@ -23,9 +23,13 @@ GONE_TIMEOUT_S = 5.0
 
 
 class BoxProcess:
-    """bubblewrap's outer process, and through it the supervisor. Made by :func:`start`, which also closes it."""
+    """A launcher that stands by, then bubblewrap's outer process, and through it the supervisor.
 
-    def __init__(self, argv_for: Callable[[int], list[str]], env: dict[str, str]) -> None:
+    Raises:
+        OSError: the launcher cannot be started.
+    """
+
+    def __init__(self, launcher: list[str], env: dict[str, str]) -> None:
         ours, theirs = [], []
         try:
             for inward in (True, False, False, False):  # stdin; stdout, stderr, and bubblewrap's status
@@ -34,7 +38,7 @@ class BoxProcess:
                 theirs.append(read if inward else write)
             # From this thread, since the parent's death that ends the box is that of the thread which started it.
             self._process = subprocess.Popen(  # noqa: S603 - the vector is manifest's
-                argv_for(theirs[3]),
+                launcher,
                 stdin=theirs[0],
                 stdout=theirs[1],
                 stderr=theirs[2],
@@ -53,10 +57,21 @@ class BoxProcess:
         self._stdin, self._stdout, self._stderr, self._status = ours
         self._exit = os.pidfd_open(self._process.pid)
         self._fds = {*ours, self._exit}
+        self.status_fd = theirs[3]
+        """The number under which the launcher, and so bubblewrap, has the status pipe."""
         self._supervisor: int | None = None
         """A pidfd, so that a signal can never reach a stranger with the same pid."""
-        self.supervisor_pid: int | None = None
-        """None: the box died before there was one."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.poll() is None
+
+    async def go(self, vector: list[str]) -> None:
+        """Tell the launcher the rest of its arguments: it becomes bubblewrap."""
+        text = b"".join(os.fsencode(word) + b"\0" for word in vector)
+        with contextlib.suppress(BrokenPipeError):  # it has died; its message tells why
+            await _write(self._stdin, bytearray(len(text).to_bytes(4, "little") + text))
 
     async def find_supervisor(self) -> None:
         """Learn the supervisor's pid from bubblewrap, which writes it when the box's namespaces exist."""
@@ -72,9 +87,7 @@ class BoxProcess:
         if self._supervisor is None:
             return
         self._fds.add(self._supervisor)
-        if _is_child(pid, self._process.pid):
-            self.supervisor_pid = pid
-        else:
+        if not _is_child(pid, self._process.pid):
             self._supervisor = None  # it has ended already, and the number belongs to somebody else
 
     async def feed(self, records: Iterable[bytes]) -> None:
@@ -157,19 +170,3 @@ def _is_child(pid: int, parent: int) -> bool:
     except OSError:
         return False
     return int(stat.rpartition(b")")[2].split()[1]) == parent
-
-
-@contextlib.asynccontextmanager
-async def start(argv_for: Callable[[int], list[str]], env: dict[str, str]) -> AsyncIterator[BoxProcess]:
-    """Start a box. ``argv_for`` makes the argument vector from the number of the status descriptor.
-
-    Raises (on entering):
-        OSError: the first program cannot be started.
-    """
-    box = BoxProcess(argv_for, env)
-    try:
-        await box.find_supervisor()
-        yield box
-    finally:
-        with anyio.CancelScope(shield=True):
-            await box.close()

@@ -1,7 +1,8 @@
 """Profile and layout → the argument vector of one box. Pure.
 
 The vector is three programs, each becoming the next: ``launch`` (the supervisor's file in its other role: cgroups, uid,
-parent's death), bubblewrap (namespaces and mounts), and the supervisor as PID 1. Nothing of the script stands in it.
+parent's death), bubblewrap (namespaces and mounts), and the supervisor as PID 1. Nothing of the script stands in it. A
+launcher can stand by before there is a run, so that what takes long in the kernel is done by then.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ class Bind:
 
 @dataclass(frozen=True, slots=True)
 class CgroupPlan:
-    """What of the box's cgroup concerns its argument vector."""
+    """How the box's cgroup is entered and shown."""
 
+    procs: tuple[str, ...] = ()
+    """The files through which the launcher enters it."""
     bounded: bool = False
     """Whether a cgroup bounds the box at all."""
     shown: tuple[Bind, ...] = ()
@@ -64,7 +67,6 @@ class Layout:
     etc: str
     """Folder with the box's own passwd, group, hosts and nsswitch.conf."""
     cgroup: CgroupPlan
-    parent_pid: int
     host_uid: int | None = None
     """A uid of the run's own, when cloche is root; None: stay who we are."""
     shelf: str | None = None
@@ -91,8 +93,17 @@ def memory_limit_bytes(profile: Profile) -> int:
     return profile.limits.memory_bytes + profile.bundle_bytes + profile.limits.output_bytes // 2 + OVERHEAD_BYTES
 
 
+def launcher(supervisor: str, cgroup: CgroupPlan, parent_pid: int) -> list[str]:
+    """The vector of a launcher that stands by: it needs no profile yet."""
+    procs = (word for path in cgroup.procs for word in ("--procs", path))
+    return [*cgroup.prefix, supervisor, "launch", "--parent", str(parent_pid), *procs]
+
+
 def argv(profile: Profile, layout: Layout, status_fd: int) -> list[str]:
-    """The whole vector. ``status_fd`` is where bubblewrap writes the supervisor's pid as JSON."""
+    """The rest of the vector, which the launcher is told when there is a run.
+
+    ``status_fd`` is where bubblewrap writes the supervisor's pid as JSON.
+    """
     shelf = _Shelf(layout)
     bwrap = shelf.path(layout.bwrap)
     if layout.bwrap_folder and layout.bwrap_folder in layout.hidden:
@@ -100,7 +111,7 @@ def argv(profile: Profile, layout: Layout, status_fd: int) -> list[str]:
         inside = PurePosixPath(layout.bwrap).relative_to(layout.bwrap_folder)
         bwrap = f"{shelf.path(layout.bwrap_folder)}/{inside}"
     box = [bwrap, *_namespaces(profile), "--json-status-fd", str(status_fd), *_mounts(profile, layout, shelf)]
-    return [*layout.cgroup.prefix, *_launch(layout, shelf), "--", *box, "--", *_supervisor(profile, layout)]
+    return [*_launch(layout, shelf), "--", *box, "--", *_supervisor(profile, layout)]
 
 
 class _Shelf:
@@ -120,7 +131,6 @@ class _Shelf:
 
 
 def _launch(layout: Layout, shelf: _Shelf) -> Iterator[str]:
-    yield from (layout.supervisor, "launch", "--parent", str(layout.parent_pid))
     if shelf.folder is not None and shelf.shown:
         yield from ("--shelf", shelf.folder)
         for source in shelf.shown:

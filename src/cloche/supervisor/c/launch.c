@@ -1,8 +1,12 @@
-/* "launch": what the local backend starts instead of bubblewrap itself. It leaves root for a uid of the run's own, ties its
- * life to cloche's, and becomes bubblewrap. In C because it must happen between fork and exec, where a threaded Python
- * cannot do it safely.
+/* "launch": what the local backend starts instead of bubblewrap itself. It enters the box's cgroups, leaves root for a uid
+ * of the run's own, ties its life to cloche's, and becomes bubblewrap. In C because it must happen between fork and exec,
+ * where a threaded Python cannot do it safely.
  *
- *   launch --parent PID [--shelf DIR [--show SRC]…] [--uid N --gid N] -- PROGRAM ARG…
+ *   launch --parent PID [--procs FILE]… [--shelf DIR [--show SRC]…] [--uid N --gid N] -- PROGRAM ARG…
+ *
+ * Without "--" it stands by: it enters the cgroups at once, for which the kernel may take some milliseconds (a write to
+ * cgroup.procs waits for an RCU grace period), and reads the rest of its arguments from stdin when there is a run: four
+ * bytes of length, little endian, then the arguments, a NUL behind each. The bundle follows on the same pipe.
  *
  * --shelf: an existing folder on which, in a mount namespace of its own, a tmpfs is laid; every SRC is bound there as
  * DIR/0, DIR/1, … So a uid that may not enter /root can still be shown the interpreter that lives in it. */
@@ -61,45 +65,127 @@ static bool show(const char *dir, unsigned number, const char *source)
 	return ok;
 }
 
-int launch_main(int argc, char **argv)
+static bool enter_cgroup(const char *procs)
 {
-	const char *shelf = NULL, *sources[64];
-	unsigned shown = 0;
-	uint64_t uid = 0, gid = 0, parent = 0;
-	int i = 2;
+	int fd = open(procs, O_WRONLY | O_CLOEXEC);
+	bool ok = fd >= 0 && write(fd, "0", 1) == 1;
 
+	if (fd >= 0)
+		close(fd);
+	return ok;
+}
+
+/* Exactly n bytes: what follows is the bundle. */
+static bool read_all(uint8_t *to, size_t n)
+{
+	while (n > 0) {
+		ssize_t got = read(0, to, n);
+
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got <= 0)
+			return false;
+		to += got;
+		n -= (size_t)got;
+	}
+	return true;
+}
+
+#define VECTOR_BYTES (256u * 1024)
+#define VECTOR_WORDS 2048
+
+/* The rest of the arguments, from stdin. Gives their number, 0 if they did not come. */
+static int stand_by(char **words)
+{
+	static uint8_t text[VECTOR_BYTES];
+	uint8_t head[4];
+	size_t length;
+	int n = 0;
+
+	prctl(PR_SET_NAME, "cloche-standby");
+	if (!read_all(head, sizeof head))
+		return 0;
+	length = (size_t)head[0] | (size_t)head[1] << 8 | (size_t)head[2] << 16 | (size_t)head[3] << 24;
+	if (length == 0 || length > sizeof text || !read_all(text, length) || text[length - 1] != 0)
+		return 0;
+	for (size_t at = 0; at < length && n < VECTOR_WORDS; at += strlen((char *)text + at) + 1)
+		words[n++] = (char *)text + at;
+	words[n] = NULL;
+	return n;
+}
+
+struct launch {
+	const char *shelf, *sources[64];
+	unsigned shown;
+	uint64_t uid, gid, parent;
+};
+
+/* Takes options until "--" or the end. Gives the index behind them, -1 after a message. */
+static int take(struct launch *l, int i, int argc, char **argv)
+{
 	for (; i + 1 < argc && strcmp(argv[i], "--") != 0; i += 2) {
 		const char *name = argv[i], *value = argv[i + 1];
 
-		if (strcmp(name, "--shelf") == 0) {
-			shelf = value;
-		} else if (strcmp(name, "--show") == 0 && shown < sizeof sources / sizeof *sources) {
-			sources[shown++] = value;
-		} else if ((strcmp(name, "--uid") == 0 && parse_u64(value, &uid)) ||
-			   (strcmp(name, "--gid") == 0 && parse_u64(value, &gid)) ||
-			   (strcmp(name, "--parent") == 0 && parse_u64(value, &parent))) {
-			continue;
-		} else {
+		if (strcmp(name, "--procs") == 0) {
+			if (!enter_cgroup(value)) {
+				die("entering the cgroup", value);
+				return -1;
+			}
+		} else if (strcmp(name, "--shelf") == 0) {
+			l->shelf = value;
+		} else if (strcmp(name, "--show") == 0 && l->shown < sizeof l->sources / sizeof *l->sources) {
+			l->sources[l->shown++] = value;
+		} else if (!(strcmp(name, "--uid") == 0 && parse_u64(value, &l->uid)) &&
+			   !(strcmp(name, "--gid") == 0 && parse_u64(value, &l->gid)) &&
+			   !(strcmp(name, "--parent") == 0 && parse_u64(value, &l->parent))) {
 			errno = EINVAL;
-			return die("option", name);
+			die("option", name);
+			return -1;
 		}
 	}
-	if (i + 1 >= argc || parent == 0) {
+	return i;
+}
+
+/* Once before waiting, and again after the change of uid, which clears it. */
+static bool tie_to(uint64_t parent)
+{
+	return prctl(PR_SET_PDEATHSIG, SIGKILL) == 0 && (uint64_t)getppid() == parent;
+}
+
+int launch_main(int argc, char **argv)
+{
+	static char *words[VECTOR_WORDS + 1];
+	struct launch l = {0};
+	int i = take(&l, 2, argc, argv);
+
+	if (i < 0)
+		return 125;
+	if (i >= argc) {
+		if (!tie_to(l.parent))
+			return die("the parent is gone:", "");
+		argc = stand_by(words);
+		argv = words;
+		if (argc == 0)
+			return 0; /* no run came */
+		i = take(&l, 0, argc, argv);
+		if (i < 0)
+			return 125;
+	}
+	if (i + 1 >= argc || l.parent == 0) {
 		errno = EINVAL;
 		return die("usage", "");
 	}
-	if (shelf) {
-		if (!lay_shelf(shelf))
-			return die("a mount namespace for", shelf);
-		for (unsigned n = 0; n < shown; n++)
-			if (!show(shelf, n, sources[n]))
-				return die("showing", sources[n]);
+	if (l.shelf) {
+		if (!lay_shelf(l.shelf))
+			return die("a mount namespace for", l.shelf);
+		for (unsigned n = 0; n < l.shown; n++)
+			if (!show(l.shelf, n, l.sources[n]))
+				return die("showing", l.sources[n]);
 	}
-	if (uid != 0 && (setgroups(0, NULL) != 0 || setresgid((gid_t)gid, (gid_t)gid, (gid_t)gid) != 0 ||
-			 setresuid((uid_t)uid, (uid_t)uid, (uid_t)uid) != 0))
+	if (l.uid != 0 && (setgroups(0, NULL) != 0 || setresgid((gid_t)l.gid, (gid_t)l.gid, (gid_t)l.gid) != 0 ||
+			   setresuid((uid_t)l.uid, (uid_t)l.uid, (uid_t)l.uid) != 0))
 		return die("becoming uid", "of the run");
-	/* After the change of uid, which clears it. */
-	if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || (uint64_t)getppid() != parent)
+	if (!tie_to(l.parent))
 		return die("the parent is gone:", "");
 	execv(argv[i + 1], argv + i + 1);
 	return die("starting", argv[i + 1]);
