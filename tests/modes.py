@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import anyio
+import psutil
 from tests import leftovers
 
 from cloche.testing.conformance import Target, absent
@@ -17,18 +16,12 @@ INTERPRETERS = ("python3", "sh", "bash", "node", "perl", "ruby", "php")
 
 
 def count_local_boxes() -> int:
-    """Boxes of this process: bubblewraps that it started, counted in /proc."""
+    """Boxes of this process: the launchers that it started and that have become bubblewrap. One more stands by."""
     count = 0
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                name, rest = Path(entry.path, "stat").read_text().split("(", 1)[1].rsplit(")", 1)
-                count += name in LOCAL_PROCESSES and int(rest.split()[1]) == os.getpid()
+    for guardian in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            count += guardian.name() == "cloche-guard" and "bwrap" in {child.name() for child in guardian.children()}
     return count
-
-
-LOCAL_PROCESSES = ("bwrap", "cloche-supervis")
-"""Of a box's outermost process; the kernel cuts a name after 15 characters."""
 
 
 def local() -> Target:

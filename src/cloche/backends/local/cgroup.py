@@ -25,7 +25,7 @@ from cloche.backends.local.manifest import Bind, CgroupPlan, memory_limit_bytes
 CPU_PERIOD_US = 100_000
 """The kernel's default period for CPU bandwidth (Documentation/scheduler/sched-bwc.rst)."""
 MONITOR_PIDS = 1
-"""bubblewrap's outer process lives in the box's cgroup too."""
+"""bubblewrap's outer process lives in the box's cgroup too; in a scope the launcher's guardian as well."""
 REMOVE_TIMEOUT_S = 5.0
 
 
@@ -194,7 +194,7 @@ def _scope_command(profile: Profile, name: str) -> tuple[str, ...]:
     properties = (
         f"MemoryMax={memory_limit_bytes(profile)}",
         "MemorySwapMax=0",
-        f"TasksMax={limits.pids + MONITOR_PIDS}",
+        f"TasksMax={limits.pids + MONITOR_PIDS + 1}",
         f"CPUQuota={max(1, round(limits.cpus * 100))}%",
         f"RuntimeMaxSec={max(1, round(profile.expires_at - time.time()))}",
     )

@@ -23,7 +23,8 @@ GONE_TIMEOUT_S = 5.0
 
 
 class BoxProcess:
-    """A launcher that stands by, then bubblewrap's outer process, and through it the supervisor.
+    """A launcher that stands by, and what it becomes: bubblewrap, and in its box the supervisor. What is known here of the
+    launcher is its guardian, which outlives the rest and leaves nothing of it.
 
     Raises:
         OSError: the launcher cannot be started.
@@ -87,7 +88,7 @@ class BoxProcess:
         if self._supervisor is None:
             return
         self._fds.add(self._supervisor)
-        if not _is_child(pid, self._process.pid):
+        if _parent(_parent(pid)) != self._process.pid:
             self._supervisor = None  # it has ended already, and the number belongs to somebody else
 
     async def feed(self, records: Iterable[bytes]) -> None:
@@ -115,7 +116,7 @@ class BoxProcess:
                 signal.pidfd_send_signal(self._supervisor, number)
 
     async def wait(self) -> int:
-        """Exit status of bubblewrap, once the whole box is gone."""
+        """Exit status of bubblewrap (128 + n if a signal ended it), once the whole box is gone."""
         while (status := self._process.poll()) is None:
             await anyio.wait_readable(self._exit)
         return status
@@ -131,9 +132,7 @@ class BoxProcess:
         """Kill whatever still runs and wait until it is gone. Shielded by the caller."""
         if self._process.poll() is None:
             self.signal_supervisor(signal.SIGKILL)
-            if self._supervisor is None:
-                # Not there yet: bubblewrap's own death takes the rest with it (--die-with-parent).
-                self._process.kill()
+            self._process.terminate()  # the guardian's order to end whatever there is
             with anyio.move_on_after(GONE_TIMEOUT_S):
                 await self.wait()
             if self._process.poll() is None:
@@ -164,9 +163,10 @@ async def _write(fd: int, data: bytearray) -> None:
             await anyio.wait_writable(fd)
 
 
-def _is_child(pid: int, parent: int) -> bool:
+def _parent(pid: int) -> int:
+    """The parent of a process, 0 if there is no such process (any more)."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
-        return False
-    return int(stat.rpartition(b")")[2].split()[1]) == parent
+        return 0
+    return int(stat.rpartition(b")")[2].split()[1])

@@ -8,6 +8,11 @@
  * cgroup.procs waits for an RCU grace period), and reads the rest of its arguments from stdin when there is a run: four
  * bytes of length, little endian, then the arguments, a NUL behind each. The bundle follows on the same pipe.
  *
+ * Two processes: a guardian, which cloche knows, and its child, which becomes bubblewrap. bubblewrap's own promise to die
+ * with its parent does not hold in its first moments (its child waits on an eventfd before it makes that promise; killed in
+ * between, the outer one leaves it behind for ever). The guardian adopts whatever is orphaned and kills it: when cloche
+ * dies, when cloche asks (SIGTERM), and when bubblewrap is gone.
+ *
  * --shelf: an existing folder on which, in a mount namespace of its own, a tmpfs is laid; every SRC is bound there as
  * DIR/0, DIR/1, … So a uid that may not enter /root can still be shown the interpreter that lives in it. */
 #include "cloche.h"
@@ -23,6 +28,8 @@
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static int die(const char *what, const char *which)
@@ -114,6 +121,9 @@ static int stand_by(char **words)
 	return n;
 }
 
+/* What ends the guardian's wait; all but the first mean: end the box. */
+static const int guarded[] = {SIGCHLD, SIGTERM, SIGINT, SIGHUP};
+
 struct launch {
 	const char *shelf, *sources[64];
 	unsigned shown;
@@ -146,23 +156,49 @@ static int take(struct launch *l, int i, int argc, char **argv)
 	return i;
 }
 
-/* Once before waiting, and again after the change of uid, which clears it. */
-static bool tie_to(uint64_t parent)
+static bool tie_to(uint64_t parent, int death_signal)
 {
-	return prctl(PR_SET_PDEATHSIG, SIGKILL) == 0 && (uint64_t)getppid() == parent;
+	return prctl(PR_SET_PDEATHSIG, death_signal) == 0 && (uint64_t)getppid() == parent;
 }
 
-int launch_main(int argc, char **argv)
+/* Waits for the child, or for the order to end it; then nothing that it started is left. Gives its exit status. */
+static int guard(pid_t child, const sigset_t *awaited)
+{
+	int status = 0, ended = 0, sig;
+
+	prctl(PR_SET_NAME, "cloche-guard");
+	syscall(SYS_close_range, 0, ~0u, 0); /* the box's pipes are the box's alone */
+	while (!ended) {
+		if (sigwait(awaited, &sig) == 0 && sig != SIGCHLD)
+			break;
+		for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0 && !ended;)
+			ended = pid == child;
+	}
+	/* All that has not left the child's session yet; the rest has by then promised to die with its parent. */
+	for (pid_t pid;;) {
+		int other;
+
+		kill(-child, SIGKILL);
+		pid = waitpid(-1, &other, 0);
+		if (pid < 0 && errno == ECHILD)
+			break;
+		if (pid == child)
+			status = other;
+	}
+	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+/* Becomes bubblewrap. */
+static int child_main(int argc, char **argv)
 {
 	static char *words[VECTOR_WORDS + 1];
-	struct launch l = {0};
+	struct launch l = {.parent = (uint64_t)getppid()};
+	uint64_t guardian = l.parent;
 	int i = take(&l, 2, argc, argv);
 
 	if (i < 0)
 		return 125;
 	if (i >= argc) {
-		if (!tie_to(l.parent))
-			return die("the parent is gone:", "");
 		argc = stand_by(words);
 		argv = words;
 		if (argc == 0)
@@ -171,7 +207,7 @@ int launch_main(int argc, char **argv)
 		if (i < 0)
 			return 125;
 	}
-	if (i + 1 >= argc || l.parent == 0) {
+	if (i + 1 >= argc) {
 		errno = EINVAL;
 		return die("usage", "");
 	}
@@ -185,8 +221,35 @@ int launch_main(int argc, char **argv)
 	if (l.uid != 0 && (setgroups(0, NULL) != 0 || setresgid((gid_t)l.gid, (gid_t)l.gid, (gid_t)l.gid) != 0 ||
 			   setresuid((uid_t)l.uid, (uid_t)l.uid, (uid_t)l.uid) != 0))
 		return die("becoming uid", "of the run");
-	if (!tie_to(l.parent))
-		return die("the parent is gone:", "");
+	if (!tie_to(guardian, SIGKILL)) /* again: the change of uid has cleared it */
+		return die("the guardian is gone:", "");
 	execv(argv[i + 1], argv + i + 1);
 	return die("starting", argv[i + 1]);
+}
+
+int launch_main(int argc, char **argv)
+{
+	uint64_t parent = 0, guardian = (uint64_t)getpid();
+	sigset_t awaited;
+	pid_t child;
+
+	if (argc < 4 || strcmp(argv[2], "--parent") != 0 || !parse_u64(argv[3], &parent)) {
+		errno = EINVAL;
+		return die("usage", "");
+	}
+	sigemptyset(&awaited);
+	for (size_t i = 0; i < sizeof guarded / sizeof *guarded; i++)
+		sigaddset(&awaited, guarded[i]);
+	sigprocmask(SIG_BLOCK, &awaited, NULL);
+	if (prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0 || !tie_to(parent, SIGTERM))
+		return die("the parent is gone:", "");
+	child = fork();
+	if (child < 0)
+		return die("fork", "");
+	if (child > 0)
+		return guard(child, &awaited);
+	sigprocmask(SIG_UNBLOCK, &awaited, NULL);
+	if (setsid() < 0 || !tie_to(guardian, SIGKILL))
+		return die("the guardian is gone:", "");
+	return child_main(argc, argv);
 }
