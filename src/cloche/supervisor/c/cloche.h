@@ -103,7 +103,7 @@ extern const struct bundle_sink unpack_sink; /* its self is a struct unpacker */
 void frames_init(int fd);
 int frames_fd(void);
 bool frames_pending(void);
-bool frames_room(void);            /* for two more full frames */
+bool frames_room(void);            /* for four more full frames */
 bool frames_gone(void);            /* the reader is gone */
 void frames_push(void);            /* write what the reader takes now */
 bool frames_flush(uint64_t ms);    /* write all, waiting at most so long */

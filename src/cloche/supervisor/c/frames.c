@@ -35,7 +35,7 @@ bool frames_pending(void)
 
 bool frames_room(void)
 {
-	return out.gone || sizeof out.buffer - (out.end - out.start) >= (size_t)2 * LINE_MAX_BYTES;
+	return out.gone || sizeof out.buffer - (out.end - out.start) >= (size_t)4 * LINE_MAX_BYTES;
 }
 
 bool frames_gone(void)

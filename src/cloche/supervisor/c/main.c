@@ -6,7 +6,8 @@
  *
  * --seal: /workspace is a mount that this process may make read-only. --inodes: likewise bound the writable ones, whose
  * empty files would be memory that nobody counts. Where a security module takes the capability for both away (Ubuntu's
- * AppArmor profile for bubblewrap does), Landlock must keep the workspace read-only, else the run is refused. --program: where in the box the plan's argv[0] is, if not on PATH.
+ * AppArmor profile for bubblewrap does), Landlock must keep the workspace read-only, else the run is refused.
+ * --program: where in the box the plan's argv[0] is, if not on PATH.
  *
  * Its own life is one thread and one poll loop. Exit status 0: the last frame was delivered. */
 #include "cloche.h"
@@ -85,6 +86,7 @@ static bool parse_options(int argc, char **argv, struct options *o)
 		const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
 		uint64_t n = 0;
 		bool number = parse_u64(value, &n) && n < (uint64_t)1 << 62;
+		bool id = number && n < UINT32_MAX; /* the greatest means "keep" to the kernel */
 
 		if (strcmp(name, "--seal") == 0) {
 			o->seal_workspace = true;
@@ -95,9 +97,9 @@ static bool parse_options(int argc, char **argv, struct options *o)
 			o->bundles[o->n_bundles++] = value;
 		else if (strcmp(name, "--sockets") == 0 && strcmp(value, "unix") == 0)
 			o->sockets_unix_only = true;
-		else if (strcmp(name, "--script-uid") == 0 && number)
+		else if (strcmp(name, "--script-uid") == 0 && id)
 			o->script_uid = (int64_t)n;
-		else if (strcmp(name, "--script-gid") == 0 && number)
+		else if (strcmp(name, "--script-gid") == 0 && id)
 			o->script_gid = (int64_t)n;
 		else if (strcmp(name, "--nproc") == 0 && number)
 			o->nproc = n;
@@ -126,6 +128,9 @@ static bool own_descriptors(void)
 {
 	int out, null;
 
+	/* A closed stdin would give its number to the next file that is opened. */
+	if (fcntl(0, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != 0)
+		return false;
 	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0 || prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0)
 		return false;
 	if (syscall(SYS_close_range, 3, ~0u, 0) != 0)
@@ -161,6 +166,8 @@ static const char *refusal(void)
 		run.hardening |= HARD_OWN_UID;
 	if ((o->script_uid < 0 ? (int64_t)getuid() : o->script_uid) == 0)
 		return "the script would run as uid 0";
+	if ((o->script_gid < 0 ? (int64_t)getgid() : o->script_gid) == 0)
+		return "the script would run with gid 0";
 	if (!script_same_uid(o) && geteuid() != 0)
 		return "the supervisor may not give the script a uid of its own";
 	if (getpid() != 1 && script_same_uid(o))
@@ -190,7 +197,8 @@ static bool read_bundles(struct bundle *b)
 			if (!bundle_feed(b, chunk, (size_t)n))
 				return false;
 		}
-		close(fd);
+		if (!standard)
+			close(fd);
 	}
 	return bundle_finish(b);
 }
@@ -226,12 +234,15 @@ static bool take_bundle(struct bundle *b, int *input)
 	else if (!ok)
 		frame_fail("protocol-error", "The bundle cannot be read: %s%s%s.", b->error, b->sink_errno ? ": " : "",
 			   b->sink_errno ? strerror(b->sink_errno) : "");
-	int null = open("/dev/null", O_RDONLY | O_CLOEXEC); /* 0 itself, if the bundle came through it */
+	/* What brought the bundle is not the script's to read. */
+	int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
 
-	if (null > 0 && dup2(null, 0) == 0)
+	if (ok && (null < 0 || dup2(null, 0) < 0)) {
+		frame_fail("backend-unavailable", "The box has no usable /dev/null: %s.", strerror(errno));
+		ok = false;
+	}
+	if (null >= 0)
 		close(null);
-	else if (null == 0)
-		fcntl(0, F_SETFD, 0);
 	*input = u.input >= 0 ? u.input : 0;
 	return ok;
 }
@@ -281,13 +292,16 @@ static void end_run(const char *cause, uint64_t grace_ms)
 static void read_signals(uint64_t grace_ms)
 {
 	struct signalfd_siginfo info;
+	bool asked = false;
 
 	while (read(run.signals, &info, sizeof info) == (ssize_t)sizeof info)
 		/* As PID 1: only from outside the box (no pid here), whatever got past the script's filter. */
 		if ((info.ssi_signo == SIGTERM || info.ssi_signo == SIGINT) &&
 		    (getpid() != 1 || (info.ssi_pid == 0 && info.ssi_code <= 0)))
-			end_run("cancel", grace_ms);
+			asked = true;
 	reap();
+	if (asked && !run.main_ended)
+		end_run("cancel", grace_ms);
 }
 
 static int wait_ms(uint64_t now)
@@ -296,7 +310,8 @@ static int wait_ms(uint64_t now)
 
 	if (run.o.memory_watch && run.watch_ms < next)
 		next = run.watch_ms;
-	for (unsigned i = 0; i < 2; i++) {
+	/* Without room nothing can be sent that is due: then it is the reader that is waited for. */
+	for (unsigned i = 0; i < 2 && frames_room(); i++) {
 		uint64_t due = pump_due_ms(i, now, run.limit_ms);
 
 		if (due < next)
@@ -307,10 +322,12 @@ static int wait_ms(uint64_t now)
 
 static void watch_memory(uint64_t now)
 {
-	if (run.o.memory_watch == 0 || now < run.watch_ms)
+	if (run.main_ended || run.o.memory_watch == 0 || now < run.watch_ms)
 		return;
-	run.watch_ms = now + WATCH_MS;
-	if (tree_bytes(script_same_uid(&run.o) ? -1 : run.o.script_uid, run.o.memory_watch) > run.o.memory_watch) {
+	bool too_much = tree_bytes(script_same_uid(&run.o) ? -1 : run.o.script_uid, run.o.memory_watch) > run.o.memory_watch;
+
+	run.watch_ms = now_ms() + WATCH_MS;
+	if (too_much) {
 		run.kill_ms = 0; /* also when it is already being asked to end: there is no time for a grace */
 		end_run(strcmp(run.cause, "none") == 0 ? "memory" : run.cause, 0);
 	}
@@ -319,10 +336,10 @@ static void watch_memory(uint64_t now)
 /* Until the script's main process has ended, or must not go on. */
 static void supervise(const struct plan *p)
 {
-	while (!run.main_ended) {
+	while (!run.main_ended && !frames_gone()) {
 		struct pollfd fds[4] = {
 			{.fd = run.signals, .events = POLLIN},
-			{.fd = frames_gone() ? -1 : frames_fd(), .events = frames_pending() ? POLLOUT : 0},
+			{.fd = frames_fd(), .events = frames_pending() ? POLLOUT : 0},
 			{.fd = frames_room() ? run.script.pipes[0] : -1, .events = POLLIN},
 			{.fd = frames_room() ? run.script.pipes[1] : -1, .events = POLLIN},
 		};
@@ -330,7 +347,7 @@ static void supervise(const struct plan *p)
 		poll(fds, 4, wait_ms(now_ms()));
 		uint64_t now = now_ms();
 
-		if (fds[1].revents & (POLLERR | POLLNVAL))
+		if (fds[1].revents & (POLLERR | POLLHUP | POLLNVAL))
 			return; /* nobody reads any more: cloche is gone */
 		if (fds[1].revents & POLLOUT)
 			frames_push();

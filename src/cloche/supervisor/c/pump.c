@@ -122,7 +122,7 @@ bool pump_read(unsigned i, int fd, uint64_t now, uint64_t end)
 {
 	static uint8_t chunk[64 * 1024];
 
-	/* A chunk fills at most 11 frames; the buffer holds 64, so between two looks at the room nothing can be lost. */
+	/* What is read of the head at once fills at most three frames, and there is room for four: writing them never waits. */
 	for (int rounds = 0; rounds < 4 && frames_room(); rounds++) {
 		bool head = streams[i].sent + streams[i].gathered < head_cap;
 		ssize_t n = read(fd, chunk, head ? 2 * PAYLOAD_MAX : sizeof chunk);

