@@ -7,6 +7,7 @@
 #include <grp.h>
 #include <linux/capability.h>
 #include <linux/landlock.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
@@ -68,7 +69,7 @@ static bool limit(int what, uint64_t value)
 
 /* Writes only where the box's design has them, and no signals out of the script's own domain. The mounts already forbid
  * most of it; Landlock holds where a mount cannot be made read-only. */
-static unsigned landlock(const char *output)
+static unsigned landlock(const char *output, long least_abi)
 {
 	/* From linux/landlock.h of 6.12: rights that later headers know, so that older ones compile this. */
 	const uint64_t read_rights = LANDLOCK_ACCESS_FS_EXECUTE | LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_READ_DIR;
@@ -81,7 +82,7 @@ static unsigned landlock(const char *output)
 	long abi = syscall(SYS_landlock_create_ruleset, NULL, 0, LANDLOCK_CREATE_RULESET_VERSION);
 	unsigned done = 0;
 
-	if (abi < 2) /* ABI 1 cannot allow a rename between two folders */
+	if (abi < least_abi)
 		return 0;
 	rules.fs = (1u << 13) - 1; /* all of ABI 1 */
 	rules.fs = (rules.fs & ~read_rights) | refer | (abi >= 3 ? truncate : 0);
@@ -154,10 +155,15 @@ const char *harden_script(const struct options *o, pid_t supervisor, unsigned *d
 		prctl(PR_CAPBSET_DROP, cap);
 	if ((problem = change_identity(o)) != NULL)
 		return problem;
+	/* After the change of uid, which clears it. With PID 1 the kernel ends everything; elsewhere at least the main process
+	 * must not outlive a supervisor that was killed. */
+	if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || getppid() != supervisor)
+		return "the supervisor is gone";
 	if (!drop_own_capabilities(false) || !no_capabilities())
 		return "capset";
 	*done |= HARD_NO_CAPABILITIES;
-	*done |= landlock(o->output);
+	/* ABI 1 cannot allow a rename between two folders; before 3 nothing forbids to truncate a file. */
+	*done |= landlock(o->output, o->need_landlock ? 3 : 2);
 	if (o->need_landlock && !(*done & HARD_LANDLOCK_WRITES)) {
 		errno = EPERM;
 		return "the workspace can be made read-only neither as a mount nor by Landlock";

@@ -1,12 +1,15 @@
 /* The script's process: how it starts, exec-form, and how everything that it started ends. */
 #include "cloche.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -127,6 +130,9 @@ bool script_start(struct script *s, const struct options *o, const struct plan *
 		close(input);
 	bool failed = true;
 
+	/* What holds if it tells nothing. */
+	snprintf(report.what, sizeof report.what, "its process died");
+	report.error = ECHILD;
 	/* The first report comes with no error; a second one, or a child that died before, means that nothing was started. */
 	if (read(tell[0], &report, sizeof report) == (ssize_t)sizeof report && report.error == 0) {
 		struct report second;
@@ -149,28 +155,56 @@ bool script_start(struct script *s, const struct options *o, const struct plan *
 	return true;
 }
 
+/* Signals what has the script's uid, one process after the other: only for want of something better, since a script that
+ * forks can be quicker. */
+static void kill_one_by_one(const struct options *o, int sig)
+{
+	DIR *proc = opendir("/proc");
+
+	if (!proc)
+		return;
+	for (struct dirent *entry; (entry = readdir(proc)) != NULL;) {
+		struct stat st;
+
+		if (entry->d_name[0] < '1' || entry->d_name[0] > '9')
+			continue;
+		/* The open folder stands for this process and no other that gets its number later (Linux 5.1). */
+		int process = openat(dirfd(proc), entry->d_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+		if (process < 0)
+			continue;
+		if (fstat(process, &st) == 0 && st.st_uid == (uid_t)o->script_uid)
+			syscall(SYS_pidfd_send_signal, process, sig, NULL, 0);
+		close(process);
+	}
+	closedir(proc);
+}
+
 /* Where this is not PID 1, kill(-1) would reach more than the box: a helper with the script's uid does it, and the kernel
- * lets it reach only what has that uid. The script may stop or kill the helper; then there is another one. */
+ * lets it reach only what has that uid. To fork and to be killed by one kill(-1) exclude each other in the kernel, so once is
+ * enough. The script may stop or kill the helper before; then there is another one. */
 static void kill_by_helper(const struct options *o, int sig)
 {
 	for (int tries = 0; tries < 100; tries++) {
 		pid_t pid = fork();
-		int status;
+		int status = 0;
 
 		if (pid == 0) {
+			/* The saved uid is kept: so the supervisor may kill a stopped helper without any capability. */
 			if (setresgid((gid_t)o->script_gid, (gid_t)o->script_gid, (gid_t)o->script_gid) != 0 ||
-			    setresuid((uid_t)o->script_uid, (uid_t)o->script_uid, (uid_t)o->script_uid) != 0)
+			    setresuid((uid_t)o->script_uid, (uid_t)o->script_uid, (uid_t)-1) != 0)
 				_exit(1);
-			for (int rounds = 0; sig == SIGKILL && rounds < 1000; rounds++)
-				if (kill(-1, SIGKILL) != 0 && errno == ESRCH)
-					_exit(0);
-			_exit(sig != SIGKILL && (kill(-1, sig) == 0 || errno == ESRCH) ? 0 : 1);
+			_exit(kill(-1, sig) == 0 || errno == ESRCH ? 0 : 1);
 		}
-		if (pid > 0 && waitpid(pid, &status, WUNTRACED) == pid) {
+		if (pid < 0) {
+			kill_one_by_one(o, sig); /* the script may hold every pid that the box has */
+		} else if (waitpid(pid, &status, WUNTRACED) == pid) {
 			if (WIFEXITED(status) && WEXITSTATUS(status) == 0)
 				return;
-			kill(pid, SIGKILL);
-			waitpid(pid, NULL, 0);
+			if (WIFSTOPPED(status)) {
+				kill(pid, SIGKILL);
+				waitpid(pid, NULL, 0);
+			}
 		}
 	}
 }
@@ -179,6 +213,7 @@ void kill_all(const struct options *o, int sig)
 {
 	if (getpid() == 1)
 		kill(-1, sig);
-	else
+	/* Also as PID 1: its engine may have left it no CAP_KILL. */
+	if (!script_same_uid(o))
 		kill_by_helper(o, sig);
 }
