@@ -46,9 +46,10 @@ static void walk(int dir_fd, char *path, size_t len, int depth)
 		}
 		if (S_ISDIR(st.st_mode) && depth < DEPTH_MAX) {
 			const int flags = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
-			int sub = openat(dir_fd, entry->d_name, flags);
+			bool locked = (st.st_mode & 0500) != 0500; /* by the script, whose own it is */
+			int sub = -1;
 
-			if (sub < 0 && fchmodat(dir_fd, entry->d_name, 0700, 0) == 0) /* the script locked its own folder */
+			if (!locked || fchmodat(dir_fd, entry->d_name, 0700, 0) == 0)
 				sub = openat(dir_fd, entry->d_name, flags);
 
 			memcpy(path + len, entry->d_name, n);
@@ -122,6 +123,12 @@ static void send_file(int fd, uint64_t size, uint64_t bound, const char *path)
 uint64_t collect(const char *folder, uint64_t max_bytes, uint64_t max_count)
 {
 	static char path[PATH_BYTES];
+	struct stat top;
+
+	if (lstat(folder, &top) != 0 || !S_ISDIR(top.st_mode))
+		return 0;
+	if ((top.st_mode & 0500) != 0500 && chmod(folder, 0700) != 0) /* locked, as folders in it may be */
+		return 0;
 	int root = open(folder, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 
 	if (root < 0)
