@@ -251,6 +251,11 @@ static void argument_rules(const struct seccomp_rules *r)
 	put(BPF_RET | BPF_K, DENY, 0, 0);
 	end_block(SECCOMP_RET_ALLOW);
 
+	begin_block(SYS_socketpair); /* the same for those that make pairs: TIPC can */
+	load_arg(0);
+	deny_unless_equal(AF_UNIX);
+	end_block(SECCOMP_RET_ALLOW);
+
 	if (r->no_hidden_memory) {
 		refuse(SYS_memfd_create);
 		refuse(SYS_shmget);
