@@ -9,6 +9,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define PROPORTIONAL_MS 100u
+
 /* Reads a small file whole; gives its length, 0 if it cannot be read. */
 static size_t slurp(const char *path, char *to, size_t room)
 {
@@ -47,14 +49,17 @@ static uint64_t resident(const char *pid)
 	return (uint64_t)pages * (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
-/* Like resident(), with memory that processes share counted once in all. Dear: only asked when the sum looks too large. */
+static uint64_t proportional_until_ms;
+
+/* Like resident(), with memory that processes share counted once in all. Dear: only asked when the sum looks too large, and
+ * for a bounded time, since a script can make it as dear as it likes and the run's clock waits meanwhile. */
 static uint64_t proportional(const char *pid)
 {
 	char path[64], text[2048];
 	uint64_t kib;
 
 	snprintf(path, sizeof path, "/proc/%.20s/smaps_rollup", pid);
-	if (slurp(path, text, sizeof text) == 0 || !number_after(text, "Pss", &kib))
+	if (now_ms() >= proportional_until_ms || slurp(path, text, sizeof text) == 0 || !number_after(text, "Pss", &kib))
 		return resident(pid);
 	return kib * 1024;
 }
@@ -84,6 +89,7 @@ uint64_t tree_bytes(int64_t uid, uint64_t enough)
 {
 	uint64_t total = sum(uid, resident);
 
+	proportional_until_ms = now_ms() + PROPORTIONAL_MS;
 	return total > enough ? sum(uid, proportional) : total;
 }
 
