@@ -200,7 +200,7 @@ def test_devices(folder: Path) -> None:
 
 def test_unreadable(tmp_path: Path) -> None:
     """What cannot be read is named, a file of the workspace, a folder of it, or the script."""
-    for ancestor in [tmp_path, *tmp_path.parents[:3]]:
+    for ancestor in [tmp_path, *tmp_path.parents[:2]]:  # pytest's own; the next one is the machine's
         ancestor.chmod(0o755)
     for name in ("file", "folder"):
         (tmp_path / name).mkdir()
