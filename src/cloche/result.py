@@ -229,6 +229,11 @@ class Fold:
         self._artifacts: list[ArtifactInfo] = []
         self._finished: Finished | None = None
 
+    @property
+    def ended(self) -> bool:
+        """Whether ``Finished`` has come, so that there is a result."""
+        return self._finished is not None
+
     def add(self, event: Event) -> None:
         """Take in the next event.
 

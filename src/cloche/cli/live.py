@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections.abc import Callable
 from contextlib import aclosing
@@ -18,6 +19,8 @@ from cloche.result import Fold, Result
 from cloche.runtime import Sandbox
 from cloche.settings import Settings
 from cloche.spec import Spec
+
+_log = logging.getLogger("cloche.cli")
 
 
 class Live:
@@ -39,18 +42,18 @@ class Live:
         """The result; of a run that could not happen, one that says so."""
         loop = asyncio.get_running_loop()
         self._call_soon = loop.call_soon_threadsafe
-        result: Result | None = None
         async with anyio.create_task_group() as group:
             await group.start(self._heed_signals)
             with anyio.CancelScope() as self._everything:
-                result = await self._attempt()
+                await self._attempt()
             group.cancel_scope.cancel()
-        if result is None:
+        if self.error is not None:
+            return self._fold.failed(self.error)
+        if not self._fold.ended:
             self._fold.add(Finished(Outcome.CANCELLED))
-            result = self._fold.result()
-        return result
+        return self._fold.result()
 
-    async def _attempt(self) -> Result:
+    async def _attempt(self) -> None:
         # As SIGPIPE would: nobody wants the rest.
         writer = Writer(lambda: self._call_soon(self._kill))
         try:
@@ -59,23 +62,25 @@ class Live:
                 if self._verbose:
                     render.say_posture(await self._sandbox.posture())
                 await self._follow(writer)
-            await writer.drain(self._call_soon)
-            return self._fold.result()
         except ClocheError as error:
             self.error = error
-            await writer.drain(self._call_soon)
-            return self._fold.failed(error)
+        except Exception as exc:  # noqa: BLE001 (a fault in cloche is cloche's status too, not the script's)
+            _log.debug("what went wrong", exc_info=True)
+            self.error = ClocheError(f"cloche itself failed: {exc!r}.")
         finally:
             self.broken = writer.broken
             writer.close()
 
     async def _follow(self, writer: Writer) -> None:
         stream = self._sandbox.stream(self._spec, run_id=self._run_id, wait_cleanup=True)
-        async with aclosing(stream) as events:
-            async for event in events:
-                self._fold.add(event)
-                if isinstance(event, Output) and self._streamed:
-                    writer.put(STDOUT if event.stream == "stdout" else STDERR, event.data)
+        try:
+            async with aclosing(stream) as events:
+                async for event in events:
+                    self._fold.add(event)
+                    if isinstance(event, Output) and self._streamed:
+                        writer.put(STDOUT if event.stream == "stdout" else STDERR, event.data)
+        finally:
+            await writer.drain(self._call_soon)
 
     def _kill(self) -> None:
         if not self._sandbox.kill(self._run_id) and self._everything is not None:

@@ -91,7 +91,11 @@ def check_floor(posture: Posture, floor: Isolation) -> None:
 
 async def _probe(settings: Settings, owner: str, factory: BackendFactory) -> Chosen:
     backend = factory(settings, owner)
-    return Chosen(backend, backend.capabilities(), await backend.probe())
+    try:
+        return Chosen(backend, backend.capabilities(), await backend.probe())
+    except BaseException:  # cancelled: what the backend already holds must not stay
+        await let_go(backend)
+        raise
 
 
 def _below(posture: Posture, floor: Isolation) -> str:

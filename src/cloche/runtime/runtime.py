@@ -27,7 +27,7 @@ from cloche.spec import Spec
 
 KILL_WAIT_S = 10.0
 """How long a caller who gives up waits for his box to be gone. Removal goes on after it."""
-SWEEP_WAIT_S = 5.0
+SWEEP_WAIT_S = 2.0
 """How long closing waits for the sweep: processes that live for one run must get to it too."""
 
 _RUN_ID = re.compile(r"[a-z][a-z0-9-]{0,30}[a-z0-9]")

@@ -1,0 +1,258 @@
+"""`cloche run` over every mode: output as it comes, the script's own status, and what a signal does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+import cloche
+from cloche.testing.conformance import Target
+
+Start: TypeAlias = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start(target: Target) -> Iterator[Start]:
+    """Starts `python -m cloche run …` in the mode under test; whatever still runs in the end is killed."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def started(*args: str, **options: Any) -> subprocess.Popen[bytes]:
+        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        environ = target.command_environment(**options.pop("settings", {}))
+        process = subprocess.Popen([sys.executable, "-m", "cloche", "run", *args], env=environ, **options)
+        running.append(process)
+        return process
+
+    yield started
+    for process in running:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[[str], str]:
+    """Writes a Python script and gives its path."""
+
+    def write(source: str) -> str:
+        path = tmp_path / "main.py"
+        path.write_text(source)
+        return str(path)
+
+    return write
+
+
+def finish(process: subprocess.Popen[bytes], given: bytes | None = None) -> tuple[int, bytes, bytes]:
+    stdout, stderr = process.communicate(given, timeout=60)
+    return process.returncode, stdout, stderr
+
+
+def read_until(process: subprocess.Popen[bytes], wanted: bytes) -> None:
+    """Wait for the script's first bytes, which shows that they come before its end."""
+    assert process.stdout is not None
+    got = b""
+    while wanted not in got:
+        piece = os.read(process.stdout.fileno(), 65536)
+        assert piece, (got, process.communicate())
+        got += piece
+
+
+Write: TypeAlias = Callable[[str], str]
+
+
+def test_streams_and_status(start: Start, script: Write) -> None:
+    """The script's bytes arrive exactly and apart, its status is passed on, and cloche adds nothing."""
+    path = script("import os, sys; os.write(1, b'out\\xff\\0\\r\\n'); os.write(2, b'err'); sys.exit(42)")
+    assert finish(start(path)) == (42, b"out\xff\0\r\n", b"err")
+
+
+def test_arguments(start: Start, script: Write) -> None:
+    """What stands after -- arrives as it is, options and all; options may stand on either side of the script."""
+    path = script("import sys; print(ascii(sys.argv[1:]))")
+    args = ["--json", "-x", "", "a b", "$(id)", "--", "ü\n"]
+    status, out, err = finish(start("--timeout", "30", path, "--memory", "128Mi", "--", *args))
+    assert (status, out, err) == (0, ascii(args).encode() + b"\n", b"")
+
+
+def test_stdin(start: Start, script: Write, tmp_path: Path) -> None:
+    """The script gets stdin from a file, from cloche's own, or none."""
+    path = script("import sys; print(len(sys.stdin.buffer.read()))")
+    (tmp_path / "data").write_bytes(b"\0" * 100_000)
+    assert finish(start("--stdin", str(tmp_path / "data"), path)) == (0, b"100000\n", b"")
+    assert finish(start("--stdin", "-", path, stdin=subprocess.PIPE), b"abc") == (0, b"3\n", b"")
+    assert finish(start(path, stdin=subprocess.PIPE), b"abc") == (0, b"0\n", b"")
+
+
+def test_environment_and_workspace(start: Start, tmp_path: Path) -> None:
+    """Variables, a workspace, and an interpreter are what the options say."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "main.txt").write_text("import os; print(os.environ['A'], open('data').read())")
+    (tmp_path / "data").write_text("data")
+    options = ["--env", "A=1=2", "--workspace", str(tmp_path), "--interpreter", "python3"]
+    assert finish(start(*options, "lib/main.txt")) == (0, b"1=2 data\n", b"")
+
+
+def test_output_folder(start: Start, script: Write, tmp_path: Path) -> None:
+    """With --output the artifacts are written, however the script ended."""
+    path = script("import os; os.mkdir('/output/d'); open('/output/d/a', 'w').write('x'); os.abort()")
+    status, _, err = finish(start("--output", str(tmp_path / "out"), path))
+    assert status == 128 + signal.SIGABRT
+    assert b"cloche: the script was ended by SIGABRT" in err
+    assert (tmp_path / "out" / "d" / "a").read_text() == "x"
+
+
+def test_json(start: Start, script: Write) -> None:
+    """With --json stdout carries one Result and nothing else; the status is still the script's."""
+    path = script(
+        "import sys; print('out'); print('err', file=sys.stderr); open('/output/a', 'w').write('x'); sys.exit(3)"
+    )
+    status, out, err = finish(start("--json", path))
+    form = json.loads(out)
+    assert (status, err) == (3, b"")
+    assert form.keys() == cloche.Result.model_fields.keys()
+    assert (form["outcome"], form["exit_code"], form["stdout"], form["stderr"]) == ("exited", 3, "out\n", "err\n")
+    assert form["artifacts"][0]["path"] == "a"
+    assert form["timings_ms"]["cleanup"] is not None, "the command waits for the removal"
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "status", "note"),
+    [
+        ("print('before', flush=True); import time; time.sleep(60)", ["--timeout", "0.5"], 124, b"timed out"),
+        ("import os; os.kill(os.getpid(), 9)", [], 137, b"ended by SIGKILL"),
+        ("import sys; sys.exit(124)", [], 124, b""),
+        ("import sys; sys.exit(137)", [], 137, b""),
+    ],
+)
+def test_status(start: Start, script: Write, source: str, options: Sequence[str], status: int, note: bytes) -> None:
+    """Statuses that look alike are told apart by the note on stderr; --quiet leaves it out."""
+    code, _, err = finish(start(*options, script(source)))
+    assert code == status
+    assert (note in err) if note else err == b""
+    code, _, err = finish(start("--quiet", *options, script(source)))
+    assert (code, err) == (status, b"")
+
+
+def test_output_while_it_runs(start: Start, script: Write) -> None:
+    """Output appears while the script still runs."""
+    process = start(script("import time; print('now', flush=True); time.sleep(60)"))
+    read_until(process, b"now")
+    assert process.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal(start: Start, script: Write, number: signal.Signals) -> None:
+    """A signal ends the run as cancelled: what the script did until then is kept, and no traceback is shown."""
+    process = start(script("import time; print('now', flush=True); time.sleep(60)"))
+    read_until(process, b"now")
+    process.send_signal(number)
+    status, _, err = finish(process)
+    assert (status, err) == (130, b"cloche: cancelled\n")
+
+
+def test_signal_json(start: Start, script: Write) -> None:
+    """A run that a signal ended is a Result too, with what came."""
+    process = start("--json", script("import time; print('now', flush=True); time.sleep(60)"))
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    status, out, _ = finish(process)
+    form = json.loads(out)
+    assert (status, form["outcome"], form["stdout"]) == (130, "cancelled", "now\n")
+
+
+def test_second_signal(start: Start, script: Write) -> None:
+    """A second signal does not wait for a script that ignores the first."""
+    source = "import signal, time; signal.signal(15, signal.SIG_IGN); print('now', flush=True); time.sleep(60)"
+    process = start(script(source))
+    read_until(process, b"now")
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 130
+    assert time.monotonic() - started < 5
+
+
+def test_ignored_signal(start: Start, script: Write) -> None:
+    """A signal that was ignored when cloche started (nohup, a job in the background) stays ignored."""
+    source = "import time; print('now', flush=True); time.sleep(1); print('end')"
+    process = start(script(source), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    read_until(process, b"now")
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 0
+
+
+def test_broken_pipe(start: Start, script: Write) -> None:
+    """When nobody reads stdout any more the run is cancelled, without a word."""
+    process = start(script("import time\nwhile True:\n    print('y' * 100, flush=True)\n    time.sleep(0.001)"))
+    read_until(process, b"y")
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    status, _, err = finish(process)
+    assert (status, err) == (130, b"")
+
+
+def test_reader_who_pauses(start: Start, script: Write) -> None:
+    """A reader who does not read for a while neither stops the script nor its clock."""
+    process = start("--timeout", "2", script("import os; os.write(1, b'x' * 500_000); os._exit(7)"))
+    time.sleep(4.5)
+    status, out, err = finish(process)
+    assert (status, len(out), err) == (7, 500_000, b"")
+
+
+def test_terminal(start: Start, script: Write, target: Target) -> None:
+    """At a terminal a last line tells how it went and what isolation was in force."""
+    ours, theirs = pty.openpty()
+    try:
+        process = start(script("print('hi'); open('/output/chart.svg', 'w').write('x')"), stderr=theirs)
+        assert process.communicate(timeout=60)[0] == b"hi\n"
+        text = os.read(ours, 65536).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    for words in ("ok", "1 artifact: chart.svg", target.mode, "isolation"):
+        assert words in text
+
+
+def test_verbose(start: Start, script: Write, target: Target) -> None:
+    """With -v the posture is told before the run."""
+    status, out, err = finish(start("-v", script("print('hi')")))
+    assert (status, out) == (0, b"hi\n")
+    assert err.startswith(f"cloche: mode {target.mode} (".encode())
+
+
+def test_python_call(target: Target, script: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simple call runs a script with the settings of the environment, and waits until its box is gone."""
+    for name, value in target.settings().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CLOCHE_MUST_WORK", raising=False)
+    result = cloche.run(script("import sys; print(sys.argv[1], input())"), args=["a"], stdin=b"b\n", timeout=30)
+    assert (result.ok, result.stdout) == (True, "a b\n")
+    assert result.timings_ms["cleanup"] is not None
+
+
+def test_python_call_in_a_loop(target: Target, script: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simple call also works where a loop already runs, as in a notebook; errors arrive as they are."""
+    for name, value in target.settings().items():
+        monkeypatch.setenv(name, value)
+    path = script("print(1)")
+
+    async def cell() -> None:
+        assert cloche.run(path).stdout == "1\n"
+        with pytest.raises(cloche.ScriptNotFound):
+            cloche.run(path + ".nope")
+
+    asyncio.run(cell())
