@@ -163,8 +163,12 @@ each_command = pytest.mark.parametrize("case", CASES + ON_THE_COMMAND_LINE_ONLY,
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder that everybody can read, with good and bad scripts in it."""
-    for ancestor in tmp_path.relative_to("/tmp").parents if tmp_path.is_relative_to("/tmp") else ():
-        Path("/tmp", ancestor).chmod(0o755 if ancestor != Path() else Path("/tmp").stat().st_mode)
+    for made in tmp_path.parents:
+        # What pytest made for this session is closed to others; what is above it is the machine's.
+        if not made.name.startswith("pytest-"):
+            break
+        made.chmod(0o755)
+    tmp_path.chmod(0o755)
     (tmp_path / "folder").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "small.py").write_text("")
@@ -182,7 +186,7 @@ def command(case: Case, folder: Path, *more: str) -> subprocess.CompletedProcess
     # The interpreter of the tests may live where an ordinary user cannot look; loaded modules stay loaded.
     start = (
         "import os, sys, cloche.cli.commands, cloche.backends.local.backend, cloche.backends.disabled, importlib.readers\n"
-        f"if os.geteuid() == 0 and {case.words == 'Permission denied'}:\n    os.setresuid({UNPRIVILEGED}, {UNPRIVILEGED}, {UNPRIVILEGED})\n"
+        f"if os.geteuid() == 0 and {case.words == 'Permission denied'}:\n    os.setresuid({f'{UNPRIVILEGED}, ' * 3})\n"
         "from cloche.cli import main\nsys.exit(main())"
     )
     return subprocess.run(

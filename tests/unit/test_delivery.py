@@ -200,8 +200,12 @@ def test_devices(folder: Path) -> None:
 
 def test_unreadable(tmp_path: Path) -> None:
     """What cannot be read is named, a file of the workspace, a folder of it, or the script."""
-    for ancestor in [tmp_path, *tmp_path.parents[:2]]:  # pytest's own; the next one is the machine's
-        ancestor.chmod(0o755)
+    for made in tmp_path.parents:
+        # What pytest made for this session is closed to others; what is above it is the machine's.
+        if not made.name.startswith("pytest-"):
+            break
+        made.chmod(0o755)
+    tmp_path.chmod(0o755)
     for name in ("file", "folder"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.py").write_text("")
