@@ -167,6 +167,18 @@ def needs_zig(archs: Sequence[str], *, everywhere: bool) -> bool:
     return everywhere or set(archs) != {host_architecture()} or native_compiler() is None
 
 
+def program(arch: str, target: Path) -> Path:
+    """Where the supervisor for ``arch`` is in the folder ``target``."""
+    return target / f"cloche-supervisor-{arch}"
+
+
+def outdated(archs: Sequence[str], target: Path) -> list[str]:
+    """Those of ``archs`` whose program is missing in ``target``, or not newer than everything it is made from."""
+    newest = max(path.stat().st_mtime for path in [*SOURCES.glob("*.[ch]"), Path(__file__)])
+    paths = {arch: program(arch, target) for arch in archs}
+    return [arch for arch, path in paths.items() if not path.exists() or path.stat().st_mtime <= newest]
+
+
 def build(archs: Sequence[str], target: Path, *, everywhere: bool) -> list[Path]:
     """Compile the supervisor for ``archs`` into the folder ``target``; what is newer than all sources is kept.
 
@@ -176,15 +188,10 @@ def build(archs: Sequence[str], target: Path, *, everywhere: bool) -> list[Path]
     sources = sorted(SOURCES.glob("*.c"))
     if not sources:
         raise BuildError(f"no C sources in {SOURCES}")
-    newest = max(path.stat().st_mtime for path in [*sources, *SOURCES.glob("*.h"), Path(__file__)])
     target.mkdir(parents=True, exist_ok=True)
     native = None if everywhere else native_compiler()
-    built = []
-    for arch in archs:
-        path = target / f"cloche-supervisor-{arch}"
-        built.append(path)
-        if path.exists() and path.stat().st_mtime > newest:
-            continue
+    for arch in outdated(archs, target):
+        path = program(arch, target)
         compiler = native if native is not None and arch == host_architecture() else zig_compiler(arch)
         # Replaced in one step: a run may be starting the old one.
         fresh = path.with_suffix(f".{os.getpid()}.new")
@@ -193,7 +200,7 @@ def build(archs: Sequence[str], target: Path, *, everywhere: bool) -> list[Path]
             fresh.replace(path)
         finally:
             fresh.unlink(missing_ok=True)
-    return built
+    return [program(arch, target) for arch in archs]
 
 
 def _compiles(compiler: Compiler) -> bool:
@@ -251,13 +258,14 @@ def main() -> int:
     try:
         archs = wanted_architectures(options.archs)
         if options.requires:
-            if importlib.util.find_spec("ziglang") is None and needs_zig(archs, everywhere=options.archs == "all"):
+            todo = outdated(archs, BINARIES) if importlib.util.find_spec("ziglang") is None else []
+            if todo and needs_zig(todo, everywhere=options.archs == "all"):
                 print(ZIG_REQUIREMENT)
             return 0
         built = build(archs, BINARIES, everywhere=options.archs == "all")
         # What was built for another architecture before is of older sources, perhaps, and would be tested as if not.
         for arch in set(ARCHITECTURES) - set(archs):
-            (BINARIES / f"cloche-supervisor-{arch}").unlink(missing_ok=True)
+            program(arch, BINARIES).unlink(missing_ok=True)
         for path in built:
             print(f"{path.relative_to(ROOT)}  {path.stat().st_size} bytes")
     except BuildError as exc:
