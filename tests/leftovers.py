@@ -16,6 +16,7 @@ from pathlib import Path
 GRACE_S = 5.0
 """Removal goes on after a result. On a busy machine it takes a while; what is still there after this time is left behind."""
 PROGRAMS = (b"bwrap", b"cloche-supervisor")
+STANDBY = ("cloche-guard", "cloche-standby")
 LASTING = ("shelf",)
 """Made once and kept: the empty folder on which a root cloche builds its boxes."""
 
@@ -23,6 +24,22 @@ LASTING = ("shelf",)
 def now() -> frozenset[str]:
     """All there is at this moment, as text for people."""
     return frozenset({*_processes(), *_cgroups(), *_owner_files(), *_folders()})
+
+
+def beside_standby() -> frozenset[str]:
+    """All there is but the launcher that each open sandbox keeps standing by for its next run, and its cgroup."""
+    return frozenset(thing for thing in now() if not _stands_by(thing))
+
+
+def _stands_by(thing: str) -> bool:
+    kind, _, name = thing.partition(" ")
+    with contextlib.suppress(OSError):
+        if kind == "process":
+            return Path(f"/proc/{name.split(',')[0]}/comm").read_text().strip() in STANDBY
+        if kind == "cgroup":
+            pids = Path(name, "cgroup.procs").read_text().split()
+            return bool(pids) and all(Path(f"/proc/{pid}/comm").read_text().strip() in STANDBY for pid in pids)
+    return False
 
 
 def left_since(before: frozenset[str]) -> list[str]:

@@ -20,14 +20,16 @@ def count_local_boxes() -> int:
     count = 0
     for guardian in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
-            count += guardian.name() == "cloche-guard" and "bwrap" in {child.name() for child in guardian.children()}
+            count += guardian.name() == "cloche-guard" and "bwrap" in {
+                child.name() for child in guardian.children() if child.status() != psutil.STATUS_ZOMBIE
+            }
     return count
 
 
 def local() -> Target:
     """bubblewrap on this machine."""
     offered = frozenset(name for name in INTERPRETERS if shutil.which(name) is not None)
-    return Target("local", interpreters=offered, count_boxes=count_local_boxes, remains=leftovers.now)
+    return Target("local", interpreters=offered, count_boxes=count_local_boxes, remains=leftovers.beside_standby)
 
 
 MODES: Mapping[str, Callable[[], Target]] = {"local": local}

@@ -153,7 +153,8 @@ class LocalBackend:
         problem = ""
         flavours = await to_thread.run_sync(lambda: list(self._flavours()))
         if self._owner is None:
-            self._owner = await to_thread.run_sync(self._become_owner, flavours)
+            with anyio.CancelScope(shield=True):  # else what the thread has made would be known to nobody
+                self._owner = await to_thread.run_sync(self._become_owner, flavours)
         for bubblewrap in found:
             for flavour in flavours:
                 layout = await to_thread.run_sync(self._layout, bubblewrap, supervisor)
@@ -292,7 +293,8 @@ class LocalBackend:
         if standby is not None and standby.process.alive:
             return standby
         if standby is not None:
-            await standby.close()
+            with anyio.CancelScope(shield=True):
+                await standby.close()
         if flavour.kind == "systemd":
             group = cgroup.scope(flavour, profile)
             return _Launcher(client.BoxProcess(_launcher_vector(layout, group), dict(os.environ)), group)
@@ -310,7 +312,8 @@ class LocalBackend:
             return None
         group = cgroup.NO_CGROUP
         if flavour.kind != "none":
-            group = await to_thread.run_sync(cgroup.create, flavour, self._owner_name)
+            with anyio.CancelScope(shield=True):  # else what the thread has made would be known to nobody
+                group = await to_thread.run_sync(cgroup.create, flavour, self._owner_name)
         try:
             return _Launcher(client.BoxProcess(_launcher_vector(layout, group), {}), group)
         except OSError:

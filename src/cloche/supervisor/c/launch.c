@@ -171,9 +171,11 @@ static int guard(pid_t child, const sigset_t *awaited)
 	while (!ended) {
 		if (sigwait(awaited, &sig) == 0 && sig != SIGCHLD)
 			break;
-		for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0 && !ended;)
+		for (pid_t pid; !ended && (pid = waitpid(-1, &status, WNOHANG)) > 0;)
 			ended = pid == child;
 	}
+	if (!ended)
+		kill(child, SIGKILL); /* it may not have its session yet */
 	/* All that has not left the child's session yet; the rest has by then promised to die with its parent. */
 	for (pid_t pid;;) {
 		int other;
