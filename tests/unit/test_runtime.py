@@ -679,6 +679,12 @@ async def test_engine_errors(play: Play) -> None:
         await played(play)
 
 
+async def test_bundle_that_nobody_takes() -> None:
+    """A script that ended before the box took its whole bundle has its result all the same."""
+    with anyio.fail_after(3):
+        assert (await played(Play(HI, feed_s=math.inf))).exit_code == 3
+
+
 async def test_foreign_errors() -> None:
     """An error in a backend itself arrives at its caller, and other runs go on."""
     backend = FakeBackend([Play(open_error=ZeroDivisionError("oops")), Play([*begin(), ZeroDivisionError("oops")])])
@@ -714,8 +720,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 async def test_replay(first: list[Step]) -> None:
     """A stream that ends early is read again from its start, and every frame arrives once."""
-    result = await played(Play(first, again=[HI]), capabilities=REPLAYABLE)
+    backend = FakeBackend([Play(first, again=[HI])], capabilities=REPLAYABLE)
+    async with sandbox(backend) as s:
+        result = await s.run(SPEC)
     assert (result.exit_code, result.stdout, result.stdout_bytes) == (3, "hi", 2)
+    assert backend.boxes[0].reads == 2
 
 
 @pytest.mark.usefixtures("_quick")
@@ -791,6 +800,18 @@ async def test_sweep() -> None:
     async with sandbox(backend) as s:
         pass
     assert (backend.sweeps, s.counters.swept, s.counters.sweeps_failed) == (1, 1, 1)
+
+
+async def test_close_waits_for_the_sweep() -> None:
+    """A process that lives for one run still gets to its sweep; one that hangs is not waited for."""
+    backend = FakeBackend(leftovers=[Leftover("folder", "x", removed=True)], sweep_s=0.1)
+    async with sandbox(backend) as s:
+        pass
+    assert s.counters.swept == 1
+    with anyio.fail_after(5):
+        async with sandbox(FakeBackend(sweep_s=math.inf)) as s:
+            pass
+    assert s.counters.swept == 0
 
 
 async def test_sweep_that_fails(caplog: pytest.LogCaptureFixture) -> None:

@@ -215,11 +215,13 @@ class FakeBackend:
         posture: Posture | None = None,
         capabilities: Capabilities | None = None,
         leftovers: Sequence[Leftover] | Exception = (),
+        sweep_s: float = 0.0,
     ) -> None:
         self._plays = plays
         self._posture = posture or Posture("local", available=True, isolation=Isolation.NAMESPACE, engine="fake")
         self._capabilities = capabilities or Capabilities(mode=self._posture.mode)
         self._leftovers = leftovers
+        self._sweep_s = sweep_s
         self.boxes: list[FakeBox] = []
         self.alive = 0
         self.most_alive = 0
@@ -258,8 +260,9 @@ class FakeBackend:
             await self._remove(box)
 
     async def sweep(self) -> Sequence[Leftover]:
-        """The leftovers that it was made with."""
+        """The leftovers that it was made with, after ``sweep_s`` seconds."""
         self.sweeps += 1
+        await anyio.sleep(self._sweep_s)
         if isinstance(self._leftovers, Exception):
             raise self._leftovers
         return self._leftovers
