@@ -7,6 +7,7 @@ keep alive (by a lock on its file), is none of our business.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import tempfile
 import time
@@ -106,9 +107,20 @@ def _owners_of_others() -> set[str]:
     for path in _state_folder().glob("*.owner"):
         with contextlib.suppress(OSError):
             holder = holders.get(path.stat().st_ino)
-            if holder is not None and not _ours(holder, parents):
+            # A holder outside of our process namespace has no number here.
+            others = _is_locked(path) if holder is None else not _ours(holder, parents)
+            if others:
                 found.add(path.stem)
     return found
+
+
+def _is_locked(path: Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
 
 def _owner_files() -> Iterator[str]:
@@ -140,5 +152,7 @@ def _folders() -> Iterator[str]:
     }:
         with contextlib.suppress(OSError):
             for path in Path(top).iterdir():
+                if path.name.startswith("cloche-vm"):
+                    continue  # machines of tests/engines
                 if path.name.startswith("cloche") and path not in kept and path.stat().st_uid == os.geteuid():
                     yield f"path {path}"

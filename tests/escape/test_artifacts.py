@@ -34,8 +34,8 @@ os.link("twice", "folder/twice")
 quietly(os.mknod, "device", stat.S_IFCHR | 0o666, os.makedev(1, 9))
 quietly(os.mknod, "block", stat.S_IFBLK | 0o666, os.makedev(254, 0))
 NAMES = [b"new\nline", b"tab\t", b"..\\..\\windows", b"...", b".. ", b"..%2f..%2fetc", b"-rf", b"$(id)", b"`id`", b"a;b",
-         b"'", b'"', b"\xff\xfe not utf-8", b"\x1b[2Jescape", b"\x7f", b"C:", b"con", b"~", b"*", b"\xe2\x80\xae", b"x" * 255, b" ", b"\r",
-         b"a\\b", b"@c 0 hello 1 1 0"]
+         b"'", b'"', b"\xff\xfe not utf-8", b"\x1b[2Jescape", b"\x7f", b"C:", b"con", b"~", b"*", b"\xe2\x80\xae",
+         b"x" * 255, b" ", b"\r", b"a\\b", b"@c 0 hello 1 1 0"]
 for name in NAMES:
     with open(name, "wb") as file:
         file.write(b"content")
@@ -179,7 +179,7 @@ async def test_a_workspace_that_traverses(sandbox: cloche.Sandbox, tmp_path: Pat
     result = await attack(
         sandbox,
         {
-            "elsewhere": "[f for f, d, files in everywhere(('/proc', '/sys', '/workspace')) if {'..\\\\evil', '%2e%2e'} & set(files)]",
+            "elsewhere": "[f for f, d, files in everywhere(('/proc', '/workspace')) if {'..\\\\evil', '%2e%2e'} & set(files)]",
             "lost": "STRANGE - set(os.listdir('/workspace'))",
         },
         setup=f"STRANGE = set({sorted(os.listdir(skill))!r})",

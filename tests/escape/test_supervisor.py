@@ -38,7 +38,7 @@ print("ready", flush=True)
 while True:
     time.sleep(60)
 """
-NEED_RIGHTS = {"map_files"}
+NEED_RIGHTS = {"map_files", "timerslack"}
 NO_GAIN_BY_CHANCE = {"kcmp", "get_robust_list", "stack", "root", "file by its root", "auxv"}
 """Attempts whose success outside depends on the kernel's options or on what the host has."""
 

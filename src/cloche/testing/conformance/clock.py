@@ -73,7 +73,7 @@ class Clock(Suite):
         assert result.stdout.startswith("before\n")
         run_ms = result.timings_ms["run"]
         assert run_ms is not None
-        assert LIMIT_S * 1000 <= run_ms < LIMIT_S * 1000 + 1000
+        assert LIMIT_S * 990 <= run_ms < LIMIT_S * 1000 + 1000
         started_ms = sum(result.timings_ms[phase] or 0 for phase in ("queued", "prepare", "start"))
         assert took < started_ms / 1000 + LIMIT_S + 1
         if target.on_this_host:
