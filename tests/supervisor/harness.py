@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,8 @@ PYTHON = "/usr/bin/python3"
 ENV = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}
 SIZE = 64 * 2**20
 FOLDERS = ("/workspace", "/output", "/tmp", "/dev/shm")
+LASTING_INIT = 'exec 3<&0; "$@" <&3 3<&- & exec <&- >&- 2>&- 3<&-; wait; exec sleep 1000'
+"""Starts the supervisor, holds none of its descriptors, and stays when it is gone."""
 SUPERVISOR = "/run/cloche/cloche-supervisor"
 T = TypeVar("T", Hello, End, Fail)
 _USED_UIDS = itertools.count(1_900_000_000 + os.getpid() % 10_000 * 1_000)
@@ -53,7 +56,8 @@ class Run:
     """What came out of a box."""
 
     frames: list[Frame | Foreign]
-    status: int
+    status: int | None
+    """The supervisor's exit status; None where it is not the box's first process."""
     raw: bytes = field(repr=False)
     errors: str
 
@@ -128,15 +132,20 @@ class Run:
 
 
 class Live:
-    """A box that runs."""
+    """A box that runs, in a process namespace of its own: whatever happens in it ends with the namespace's first process."""
 
-    def __init__(self, process: subprocess.Popen[bytes], pid: int, uid: int | None) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], first: int, *, lasting: bool) -> None:
         self._process = process
-        self.pid = pid
-        """The supervisor's, as the host sees it."""
-        self._uid = uid
-        self._pid_namespace = os.readlink(f"/proc/{pid}/ns/pid") if uid is None else ""
+        self._first = first
+        self._lasting = lasting
+        self._namespace = os.readlink(f"/proc/{first}/ns/pid")
         self.got = b""
+
+    @property
+    def input(self) -> IO[bytes]:
+        """Where the bundle goes."""
+        assert self._process.stdin is not None
+        return self._process.stdin
 
     @property
     def output(self) -> IO[bytes]:
@@ -145,10 +154,14 @@ class Live:
         return self._process.stdout
 
     @property
-    def input(self) -> IO[bytes]:
-        """Where the bundle goes."""
-        assert self._process.stdin is not None
-        return self._process.stdin
+    def pid(self) -> int:
+        """The supervisor's, as the host sees it. Not before it has said hello."""
+        if b"hello" not in self.got:
+            self.read_until(b"hello")
+        for pid, status in self._members():
+            if self._is_supervisor(status):
+                return pid
+        raise ProcessLookupError
 
     def feed(self, data: bytes) -> None:
         """Write the bundle and close."""
@@ -162,10 +175,7 @@ class Live:
         """Read frames until one has been seen that holds the word."""
         end = time.monotonic() + timeout_s
         while word not in self.got:
-            assert time.monotonic() < end, f"{word!r} did not come: {self.got!r}"
-            data = os.read(self.output.fileno(), 65536)
-            assert data, f"the frames ended before {word!r}: {self.got!r}"
-            self.got += data
+            assert self._read(end), f"the frames ended before {word!r}: {self.got!r}"
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Send the supervisor a signal, from outside of its box."""
@@ -177,47 +187,71 @@ class Live:
 
     def finish(self, timeout_s: float = 30) -> Run:
         """Read to the end."""
+        if self._lasting:
+            # The box goes on, and bubblewrap with it, which holds the same pipe: the last frame is the end.
+            decoder, end = Decoder(), time.monotonic() + timeout_s
+            frames = list(decoder.feed(self.got))
+            while not decoder.finished:
+                before = len(self.got)
+                assert self._read(end), f"the frames ended: {frames}"
+                frames += decoder.feed(self.got[before:])
+            return Run(frames, None, self.got, "")
         out, errors = self._process.communicate(timeout=timeout_s)
         raw = self.got + (out or b"")
         return Run(list(Decoder().feed(raw)), self._process.returncode, raw, errors.decode(errors="replace"))
 
     def left(self) -> list[int]:
-        """Processes of the box that still live."""
-        found = []
-        for entry in os.scandir("/proc"):
-            with contextlib.suppress(OSError):
-                if not entry.name.isdigit() or not self._is_ours(Path(entry.path)):
-                    continue
-                if Path(entry.path, "stat").read_text().rpartition(") ")[2][0] not in "ZX":
-                    found.append(int(entry.name))
-        return found
+        """Processes of the box that still live, its first one and the supervisor aside."""
+        return [
+            pid
+            for pid, status in self._members()
+            if pid != self._first and status["State"][0] not in "ZX" and not self._is_supervisor(status)
+        ]
 
     def wait_until_dead(self, timeout_s: float = 5) -> None:
-        """Until no process of the box lives; the supervisor itself may still be on its way out."""
+        """Until no process of the box lives; its first one may still be on its way out."""
         end = time.monotonic() + timeout_s
         while left := self.left():
             assert time.monotonic() < end, f"these processes live on: {left}"
             time.sleep(0.01)
 
     def close(self) -> None:
-        """Kill whatever is left."""
+        """End whatever is left."""
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
-        if self._process.poll() is None:
+        # Only if the number still stands for what it stood for.
+        if any(pid == self._first for pid, _ in self._members()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._first, signal.SIGKILL)
+        try:
+            self._process.wait(2)
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        end = time.monotonic() + 5
-        while (left := self.left()) and time.monotonic() < end:
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
 
-    def _is_ours(self, proc: Path) -> bool:
-        if self._uid is not None:
-            return f"\nUid:\t{self._uid}\t" in (proc / "status").read_text()
-        return os.readlink(proc / "ns" / "pid") == self._pid_namespace
+    def _read(self, end: float) -> bool:
+        wait = end - time.monotonic()
+        assert wait > 0, f"no more frames came: {self.got[-1000:]!r}"
+        if not select.select([self.output], [], [], wait)[0]:
+            return True
+        data = os.read(self.output.fileno(), 65536)
+        self.got += data
+        return bool(data)
+
+    def _is_supervisor(self, status: Mapping[str, str]) -> bool:
+        hello = self.got.partition(b" hello ")[2].split()
+        return len(hello) > 1 and status["NSpid"].split()[-1] == hello[1].decode()
+
+    def _members(self) -> list[tuple[int, dict[str, str]]]:
+        found = []
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{name}/ns/pid") == self._namespace:
+                    lines = Path("/proc", name, "status").read_text().splitlines()
+                    found.append((int(name), dict(line.split(":\t", 1) for line in lines if ":\t" in line)))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +261,7 @@ class _Start:
     box: Sequence[str]
     options: Sequence[str]
     host_uid: int | None
-    script_uid: int | None = None
+    lasting: bool = False
     prefix: Sequence[str] = ()
     frames: int = subprocess.PIPE
 
@@ -267,13 +301,14 @@ class Bench:
         self,
         *options: str,
         binds: Iterable[tuple[Path, str]] = (),
+        mounts: Sequence[str] = (),
         prefix: Sequence[str] = (),
         first: bool = True,
         frames: int = subprocess.PIPE,
     ) -> Iterator[Live]:
         """A box with the supervisor as its ``first`` process, or behind bubblewrap's.
 
-        ``prefix`` is the program that starts the supervisor, ``frames`` where they go.
+        ``mounts`` are more of bubblewrap's arguments, ``prefix`` is the program that starts the supervisor, ``frames`` where they go.
         """
         uid = fresh_uid() if os.geteuid() == 0 else None
         box = ["--unshare-all", "--unshare-user", "--new-session", "--uid", "1000", "--gid", "1000"]
@@ -284,30 +319,36 @@ class Bench:
             box += ["--size", str(SIZE), "--tmpfs", path]
         for source, target in binds:
             box += ["--ro-bind", str(source), target]
+        box += mounts
         with self._started(_Start(box, ["--seal", *options], uid, prefix=prefix, frames=frames)) as live:
             yield live
 
     @contextlib.contextmanager
     def beside(
-        self, *options: str, ids: tuple[int, int] | None = None, capabilities: str = "ALL", first: bool = False
+        self,
+        *options: str,
+        ids: tuple[int, int] | None = None,
+        capabilities: str = "ALL",
+        first: bool = False,
+        named: bool = True,
     ) -> Iterator[Live]:
-        """Root among the processes of the machine, the script of another uid: as where an engine has an init of its own.
+        """The supervisor as root, the script of another uid, as where an engine has an init of its own.
 
-        Only the mounts are private. So what the supervisor does not kill itself stays alive, and is seen. With ``first``
-        it has a process namespace, as in a container that starts as root.
+        That init outlives the supervisor, so what the supervisor does not kill itself stays alive, and is seen. With
+        ``first`` there is none, as in a container that starts as root. ``named``: whether it is told the script's uid.
         """
         if os.geteuid() != 0:
             pytest.skip("only root can give the script a uid of its own")
         uid, gid = (fresh_uid(), fresh_uid()) if ids is None else ids
-        box = ["--cap-drop", "ALL"]
+        # A process namespace also because root's mistakes would else end the machine's processes.
+        box = ["--unshare-pid", "--as-pid-1", "--cap-drop", "ALL"]
         for name in capabilities.split(","):
             box += ["--cap-add", name]
-        if first:
-            box += ["--unshare-pid", "--as-pid-1"]
         for path in FOLDERS:
             box += ["--perms", "1777", "--size", str(SIZE), "--tmpfs", path]
-        user = ["--script-uid", str(uid), "--script-gid", str(gid)]
-        with self._started(_Start(box, [*user, *options], None, script_uid=uid)) as live:
+        user = ["--script-uid", str(uid), "--script-gid", str(gid)] if named else []
+        prefix = () if first else ("sh", "-c", LASTING_INIT, "init")
+        with self._started(_Start(box, [*user, *options], None, lasting=not first, prefix=prefix)) as live:
             yield live
 
     @contextlib.contextmanager
@@ -340,7 +381,8 @@ class Bench:
             if not line:
                 _, errors = process.communicate()
                 pytest.fail(f"no box: {errors.decode(errors='replace')}", pytrace=False)
-            with contextlib.closing(Live(process, json.loads(line)["child-pid"], start.script_uid)) as live:
+            first = json.loads(line)["child-pid"]
+            with contextlib.closing(Live(process, first, lasting=start.lasting)) as live:
                 yield live
         reported = self.build.reported()
         assert not reported, reported

@@ -1,0 +1,233 @@
+"""The supervisor as root among other processes, with a script of another uid: as in a container with an init of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cloche.spec import Limits
+from cloche.supervisor.bundle import File
+from cloche.supervisor.frames import Hardening
+from tests.supervisor import builds
+from tests.supervisor.harness import ENV, PYTHON, Bench, Run, bundle, fresh_uid
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give the script a uid of its own")
+
+SHORT = Limits(timeout_s=0.4, grace_s=0.2)
+DAEMONS = """
+import os, signal, time
+for i in range(6):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork(): os._exit(0)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if i % 2: os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(100)
+time.sleep(0.1)
+print("done")
+"""
+WITHOUT_KILL = "CAP_SETUID,CAP_SETGID,CAP_SETPCAP,CAP_CHOWN,CAP_DAC_OVERRIDE,CAP_FOWNER"
+
+
+def python(bench: Bench, code: str, *options: str, limits: Limits | None = None, capabilities: str = "ALL", first: bool = False) -> Run:
+    """A run that left nothing behind."""
+    with bench.beside(*options, capabilities=capabilities, first=first) as box:
+        box.feed(bundle([PYTHON, "-I", "-S", "-u", "-c", code], limits=limits))
+        run = box.finish()
+        assert box.left() == []
+    return run
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_identity(bench: Bench, first: bool) -> None:
+    """The script has exactly the uid and gid that were named, no groups and no capabilities; the last frame says so."""
+    code = """
+import os, json
+status = dict(line.rstrip("\\n").split(":\\t", 1) for line in open("/proc/self/status") if ":\\t" in line)
+print(json.dumps([os.getresuid(), os.getresgid(), os.getgroups(), status]))
+open("/output/mine", "w").write("x")
+"""
+    uid, gid = fresh_uid(), fresh_uid()
+    with bench.beside(ids=(uid, gid), first=first) as box:
+        box.feed(bundle([PYTHON, "-I", "-S", "-c", code]))
+        run = box.finish()
+    assert run.stderr == b""
+    uids, gids, groups, status = json.loads(run.stdout)
+    assert (uids, gids, groups) == ([uid] * 3, [gid] * 3, [])
+    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert int(status[name], 16) == 0, name
+    assert Hardening.OWN_UID in run.end.hardening
+    assert (Hardening.PID_1 in run.end.hardening) is first is (run.hello.pid == 1)
+    assert run.files["mine"].data == b"x"
+
+
+@pytest.mark.parametrize("capabilities", ["ALL", WITHOUT_KILL])
+@pytest.mark.parametrize("first", [False, True])
+def test_everything_dies(bench: Bench, capabilities: str, first: bool) -> None:
+    """What the script leaves in other sessions, deaf or stopped, is killed with it, also where root may not kill."""
+    run = python(bench, DAEMONS, capabilities=capabilities, first=first)
+    assert run.stdout == b"done\n"
+    assert (run.end.exit_code, run.end.cause) == (0, "none")
+    assert run.end.run_us < 1e6
+
+
+@pytest.mark.parametrize("capabilities", ["ALL", WITHOUT_KILL])
+def test_timeout(bench: Bench, capabilities: str) -> None:
+    """At its time the tree gets SIGTERM and, after the grace, SIGKILL."""
+    polite = python(bench, "import signal,sys,time\nsignal.signal(15, lambda *_: sys.exit(4))\ntime.sleep(100)", limits=SHORT, capabilities=capabilities)
+    assert (polite.end.exit_code, polite.end.cause) == (4, "timeout")
+    begun = time.monotonic()
+    stubborn = python(bench, DAEMONS + "signal.signal(15, signal.SIG_IGN)\ntime.sleep(100)", limits=SHORT, capabilities=capabilities)
+    assert (stubborn.end.signal, stubborn.end.cause) == (signal.SIGKILL, "timeout")
+    assert 0.6e6 <= stubborn.end.run_us < 1.2e6
+    assert time.monotonic() - begun < 3
+
+
+def test_cancel(bench: Bench) -> None:
+    """SIGTERM to the supervisor cancels the run."""
+    with bench.beside() as box:
+        box.feed(bundle(["sh", "-c", "echo ready; trap 'exit 6' TERM; while :; do sleep 0.02; done"]))
+        box.read_until(b" o ")
+        time.sleep(0.1)
+        box.stop()
+        run = box.finish()
+        assert box.left() == []
+    assert (run.end.exit_code, run.end.cause) == (6, "cancel")
+
+
+@pytest.mark.parametrize("capabilities", ["ALL", WITHOUT_KILL])
+def test_hunted_helper(bench: Bench, folder: Path, capabilities: str) -> None:
+    """A script that stops and kills whatever helper it meets dies all the same."""
+    if shutil.which("cc") is None:
+        builds.absent("there is no C compiler")
+    hunter = folder / "helper-hunter"
+    if not hunter.exists():
+        builds.compile_c(["cc", *builds.CFLAGS, "-O2", "-static"], [builds.HERE / "helper_hunter.c"], hunter)
+    with bench.beside(capabilities=capabilities) as box:
+        entries = [File("hunter", hunter.read_bytes(), executable=True)]
+        box.feed(bundle(["./hunter"], entries=entries, env={**ENV, "PATH": "/workspace"}, limits=SHORT))
+        begun = time.monotonic()
+        run = box.finish()
+        assert box.left() == []
+    assert run.stdout == b"hunting\n" * 4
+    assert (run.end.signal, run.end.cause) == (signal.SIGKILL, "timeout")
+    assert time.monotonic() - begun < 4
+
+
+@contextlib.contextmanager
+def pids_cgroup(limit: int) -> Iterator[Path]:
+    """A cgroup that holds so many processes; gives the file that takes them."""
+    top = Path("/sys/fs/cgroup/pids" if Path("/sys/fs/cgroup/pids").is_dir() else "/sys/fs/cgroup")
+    place = top / f"supervisor-tests-{os.getpid()}"
+    try:
+        place.mkdir()
+        (place / "pids.max").write_text(str(limit))
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            place.rmdir()
+        pytest.skip(f"no cgroup can bound the number of processes here: {exc}")
+    try:
+        yield place / "cgroup.procs"
+    finally:
+        for _ in range(100):
+            with contextlib.suppress(OSError):
+                place.rmdir()
+                break
+            time.sleep(0.02)
+
+
+def test_a_script_that_holds_every_pid(bench: Bench) -> None:
+    """Where the script has taken all pids, so that no helper can be forked, it dies all the same."""
+    code = "import os, signal, time\nsignal.signal(15, signal.SIG_IGN)\nwhile True:\n try: os.fork()\n except OSError: time.sleep(0.001)"
+    with pids_cgroup(40) as procs, bench.beside() as box:
+        procs.write_text(str(box.pid))
+        box.feed(bundle([PYTHON, "-I", "-S", "-c", code], limits=SHORT))
+        run = box.finish()
+        assert box.left() == []
+    assert run.end.cause == "timeout"
+    assert run.end.run_us < 2e6
+
+
+def test_the_script_cannot_reach_the_supervisor(bench: Bench) -> None:
+    """No signal, no limit, no look into it."""
+    code = """
+import os, resource
+p = os.getppid()
+def attempt(name, f):
+    try: f()
+    except OSError as e: return
+    print("gained", name)
+for number in (0, 2, 9, 15, 18, 19): attempt(f"signal {number}", lambda: os.kill(p, number))
+attempt("group", lambda: os.kill(-p, 9))
+attempt("all", lambda: os.kill(-1, 9))
+attempt("prlimit", lambda: resource.prlimit(p, resource.RLIMIT_CPU, (1, 1)))
+attempt("fd", lambda: os.listdir(f"/proc/{p}/fd"))
+attempt("memory", lambda: open(f"/proc/{p}/mem", "rb"))
+print("alive")
+"""
+    assert python(bench, code).stdout == b"alive\n"
+
+
+def test_files_are_not_the_scripts(bench: Bench) -> None:
+    """Where the workspace is no sealed mount, its owner is the supervisor: the script reads it and cannot change it."""
+    code = "cat f; echo x >f; echo x >new; rm -f f; chmod 777 f; mv f g; ls"
+    with bench.beside() as box:
+        # bubblewrap's tmpfs is open to all here, as an image's folder may be: only what is in it is told.
+        box.feed(bundle(["sh", "-c", code], entries=[File("f", b"data\n")]))
+        run = box.finish()
+    assert run.stdout.startswith(b"data\n")
+    assert b"Permission denied" in run.stderr
+
+
+def test_memory_watch_sees_what_hides(bench: Bench) -> None:
+    """The watch counts a process that made itself unreadable, and not those of other uids."""
+    code = f"""
+import ctypes, os, time
+ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+block = bytearray({150 * 2**20})
+for i in range(0, len(block), 4096): block[i] = 1
+time.sleep(100)
+"""
+    with bench.beside("--memory-watch", str(100 * 2**20)) as box:
+        box.feed(bundle([PYTHON, "-c", code], limits=Limits(timeout_s=5)))
+        run = box.finish()
+    assert (run.end.cause, run.end.signal) == ("memory", signal.SIGKILL)
+    modest = python(bench, "import time; time.sleep(0.3)", "--memory-watch", str(40 * 2**20))
+    assert modest.end.exit_code == 0
+
+
+def test_a_killed_supervisor_takes_the_script_with_it(bench: Bench) -> None:
+    """When the supervisor itself is killed, the script's main process does not outlive it."""
+    with bench.beside() as box:
+        box.feed(bundle(["sh", "-c", "echo ready; exec sleep 100"]))
+        box.read_until(b" o ")
+        assert len(box.left()) == 1
+        box.stop(signal.SIGKILL)
+        box.wait_until_dead(3)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(("ids", "why"), [((0, 5), "uid 0"), ((5, 0), "gid 0")])
+def test_no_script_as_root(bench: Bench, first: bool, ids: tuple[int, int], why: str) -> None:
+    """A script is never started with uid or gid 0."""
+    with bench.beside(ids=ids, first=first) as box:
+        box.feed(bundle(["true"]))
+        run = box.finish()
+    assert run.fail.code == "isolation-unavailable"
+    assert why in run.fail.message
+
+
+def test_no_script_as_root_by_omission(bench: Bench) -> None:
+    """Root that was not told a uid for the script starts nothing."""
+    with bench.beside(named=False, first=True) as box:
+        box.feed(bundle(["true"]))
+        run = box.finish()
+    assert "uid 0" in run.fail.message
