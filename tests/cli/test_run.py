@@ -256,3 +256,30 @@ def test_python_call_in_a_loop(target: Target, script: Write, monkeypatch: pytes
             cloche.run(path + ".nope")
 
     asyncio.run(cell())
+
+
+PYTHON_CALL = """
+import cloche
+def call():
+    cloche.run(content="import time; open('/output/a', 'w'); time.sleep(60)", name="main.py")
+"""
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["call()", "import asyncio; loop = asyncio.new_event_loop(); loop.call_soon(call); loop.run_forever()"],
+    ids=["plain", "in-a-loop"],
+)
+def test_python_call_interrupted(target: Target, how: str) -> None:
+    """An interrupt of the simple call kills the box (the module's guard looks for it), and arrives as KeyboardInterrupt."""
+    source = f"{PYTHON_CALL}\ntry:\n    {how}\nexcept KeyboardInterrupt:\n    print('interrupted')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", source], env=target.command_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        assert finish(process) == (0, b"interrupted\n", b"")
+    finally:
+        process.kill()
+        process.wait()
