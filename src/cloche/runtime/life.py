@@ -139,6 +139,9 @@ class Run:
         limits, settings = self._limits, self._house.settings
         self._deadline = Deadline(limits, settings.start_timeout, anyio.current_time())
         self._life.deadline = self._deadline.at
+        _log.debug(
+            "run %s: %s bytes for %s, %s", self.run_id, delivery.bundle.payload_bytes, delivery.interpreter, limits
+        )
         longest = settings.start_timeout + limits.timeout_s + limits.grace_s + CLOCK_SKEW_S
         await self._in_box(
             Profile(
@@ -286,6 +289,8 @@ class Run:
         if self.settled:
             return
         self.settled = True
+        said = ending.outcome if isinstance(ending, Finished) else repr(ending)
+        _log.debug("run %s: %s, %s", self.run_id, said, self._timings)
         if isinstance(ending, Finished):
             self._timings["total"] = round((time.perf_counter() - self._begun) * 1000, 3)
             self._emit(replace(ending, timings_ms=self._timings.copy()))
