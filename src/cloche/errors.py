@@ -93,7 +93,7 @@ class SandboxDisabled(ClocheError):
     """Script execution is switched off (mode ``disabled``)."""
 
     code = "sandbox-disabled"
-    default_hint = "Set CLOCHE_MODE to local, docker, kubernetes or opensandbox to allow scripts to run."
+    default_hint = "Set CLOCHE_MODE to a mode that runs scripts, such as local."
 
 
 class InterpreterMissing(ClocheError):

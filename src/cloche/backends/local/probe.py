@@ -139,6 +139,16 @@ def guarantees(hardening: Hardening, flavour: Flavour, *, own_uid: bool, nproc: 
         ),
         cgroup("memory", "memory-limit", Guarantee("memory-limit", State.IN_FORCE, watch)),
         cgroup(
+            "memory",
+            "kernel-memory-limit",
+            Guarantee(
+                "kernel-memory-limit",
+                State.NOT_IN_FORCE,
+                "what the kernel holds for the script (socket buffers, pipes) is bounded only by its numbers of files and processes",
+                "Delegate a cgroup, or run as root.",
+            ),
+        ),
+        cgroup(
             "pids",
             "process-limit",
             Guarantee("process-limit", State.IN_FORCE, "RLIMIT_NPROC, counted for this box alone")
