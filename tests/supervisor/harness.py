@@ -30,6 +30,7 @@ PYTHON = "/usr/bin/python3"
 ENV = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}
 SIZE = 64 * 2**20
 FOLDERS = ("/workspace", "/output", "/tmp", "/dev/shm")
+EMULATOR = "/run/cloche/emulator"
 LASTING_INIT = 'exec 3<&0; "$@" <&3 3<&- & exec <&- >&- 2>&- 3<&-; wait; exec sleep 1000'
 """Starts the supervisor, holds none of its descriptors, and stays when it is gone."""
 SUPERVISOR = "/run/cloche/cloche-supervisor"
@@ -269,9 +270,12 @@ class _Start:
 class Bench:
     """Makes boxes with one build of the supervisor."""
 
-    def __init__(self, build: Build, folder: Path) -> None:
+    def __init__(
+        self, build: Build, folder: Path, *, launcher: Path | None = None, emulator: Path | None = None
+    ) -> None:
         self.build = build
-        self._folder = folder
+        self._launcher = launcher or build.path
+        self._emulator = emulator
         self._bwrap = bubblewrap(folder)
 
     def run(
@@ -354,18 +358,19 @@ class Bench:
     @contextlib.contextmanager
     def _started(self, start: _Start) -> Iterator[Live]:
         told, tell = os.pipe()
-        command = [str(self.build.path), "launch", "--parent", str(os.getpid())]
+        command = [str(self._launcher), "launch", "--parent", str(os.getpid())]
         if start.host_uid is not None:
             command += ["--uid", str(start.host_uid), "--gid", str(start.host_uid)]
-        if self.build.name == "aarch64":
-            command[:1] = [*start.prefix, *command[:1]]
         command += ["--", self._bwrap, "--die-with-parent", "--clearenv", "--json-status-fd", str(tell), *_system()]
         command += [*start.box, "--ro-bind", str(self.build.path), SUPERVISOR]
         if self.build.reports is not None:
             command += ["--bind", str(self.build.reports), REPORTS_IN_BOX]
         for name, value in self.build.environment(REPORTS_IN_BOX).items():
             command += ["--setenv", name, value]
-        command += ["--remount-ro", "/dev", "--remount-ro", "/", "--", *start.prefix, SUPERVISOR, "run", *start.options]
+        if self._emulator is not None:
+            command += ["--ro-bind", str(self._emulator), EMULATOR]
+        command += ["--remount-ro", "/dev", "--remount-ro", "/", "--", *start.prefix]
+        command += [*([EMULATOR] if self._emulator else []), SUPERVISOR, "run", *start.options]
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

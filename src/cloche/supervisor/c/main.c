@@ -131,7 +131,9 @@ static bool own_descriptors(void)
 	/* A closed stdin would give its number to the next file that is opened. */
 	if (fcntl(0, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != 0)
 		return false;
-	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0 || prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0)
+	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0)
+		return false;
+	if (getpid() != 1 && prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0) /* orphans come to PID 1 anyway */
 		return false;
 	if (syscall(SYS_close_range, 3, ~0u, 0) != 0)
 		for (int fd = 3; fd < 4096; fd++)
