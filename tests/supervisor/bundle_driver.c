@@ -1,6 +1,7 @@
 /* Prints what the bundle reader makes of the bytes on stdin, one line for each call of its sink, hexadecimal.
  *
  *   bundle-driver STEP: the bytes are fed STEP at a time. */
+#undef main /* the supervisor's own is renamed when both are linked */
 #include "cloche.h"
 
 #include <errno.h>
