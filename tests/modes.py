@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import anyio
-import psutil
 from tests import leftovers
 
 from cloche.testing.conformance import Target, absent
@@ -16,14 +17,25 @@ INTERPRETERS = ("python3", "sh", "bash", "node", "perl", "ruby", "php")
 
 
 def count_local_boxes() -> int:
-    """Boxes of this process: the launchers that it started and that have become bubblewrap. One more stands by."""
-    count = 0
-    for guardian in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            count += guardian.name() == "cloche-guard" and "bwrap" in {
-                child.name() for child in guardian.children() if child.status() != psutil.STATUS_ZOMBIE
-            }
-    return count
+    """Boxes of this process: the launchers that it started and that have become bubblewrap. One more stands by.
+
+    Looking through /proc takes a while, in which boxes come and go. Those that are still there after it were all there at
+    one moment.
+    """
+    seen = {int(name): _stat(int(name)) for name in os.listdir("/proc") if name.isdigit()}
+    ours = {pid for pid, (name, parent) in seen.items() if name == "cloche-guard" and parent == os.getpid()}
+    boxes = {pid: parent for pid, (name, parent) in seen.items() if name == "bwrap" and parent in ours}
+    return len({parent for pid, parent in boxes.items() if _stat(pid) == seen[pid]})
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    """Name and parent of a process that lives; nobody's for others."""
+    with contextlib.suppress(OSError):
+        name, rest = Path(f"/proc/{pid}/stat").read_text().split("(", 1)[1].rsplit(")", 1)
+        state, parent = rest.split()[:2]
+        if state not in "ZX":
+            return name, int(parent)
+    return "", 0
 
 
 def local() -> Target:

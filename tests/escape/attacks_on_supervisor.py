@@ -78,7 +78,7 @@ OWNERS = {
     "FIOSETOWN": "owned_by(T, 'FIOSETOWN')",
     "SIOCSPGRP": "owned_by(T, 'SIOCSPGRP')",
 }
-"""Guard: Landlock's signal scope, a uid of the supervisor's own, or the filter on fcntl and ioctl."""
+"""Guard: the filter on fcntl and ioctl, Landlock's signal scope, and that the supervisor heeds no signal from inside."""
 
 BARRAGE = {
     # Only in a box: on the bare host these would be the end of the session.

@@ -7,7 +7,6 @@ import json
 import random
 from typing import Any
 
-import pydantic
 import pytest
 
 import cloche
@@ -59,8 +58,8 @@ class Inputs(Suite):
         [{"args": ["a\0b"]}, {"env": {"A": "b\0c"}}, {"env": {"A\0": "b"}}, {"env": {"A=B": "c"}}, {"env": {"": "c"}}],
     )
     def test_impossible_inputs_are_refused(self, in_environment: Target, fields: dict[str, Any]) -> None:
-        """What no program can receive is refused: a ValueError of the spec, ``invalid-spec`` from run()."""
-        with pytest.raises(pydantic.ValidationError):
+        """What no program can receive is refused as ``invalid-spec``, by the spec itself and by run()."""
+        with pytest.raises(cloche.InvalidSpec):
             python("pass", **fields)
         with pytest.raises(cloche.InvalidSpec) as caught:
             cloche.run(name="main.py", content="pass", **fields)
