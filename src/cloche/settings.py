@@ -363,7 +363,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[Settings], info: ValidationInfo) -> Settings:
+    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[Settings], info: ValidationInfo[Any]) -> Settings:
         # An error that is no ValueError passes through pydantic as it is, so that making Settings raises ours.
         try:
             return handler(data)

@@ -8,8 +8,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from cloche.errors import InvalidSpec
 from cloche.isolation import Isolation
 
 _UNITS = {
@@ -98,7 +108,7 @@ class Spec(BaseModel):
     alone. Inline ``content`` with a workspace is put into the workspace under ``name``.
 
     Raises:
-        pydantic.ValidationError: the values cannot describe a run. The runtime turns it into ``invalid-spec``.
+        InvalidSpec: the values cannot describe a run.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
@@ -170,6 +180,26 @@ class Spec(BaseModel):
         if inside is not None:
             check_inside(inside, "script")
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[Spec]) -> Spec:
+        # Defined last, so around all the others. An error that is no ValueError passes through pydantic as it is.
+        try:
+            return handler(data)
+        except ValidationError as exc:
+            raise _invalid(exc) from None
+
+
+def _invalid(exc: ValidationError) -> InvalidSpec:
+    """Our error for pydantic's, about the first value that is not allowed. Values that may be secret are not repeated."""
+    error = exc.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in error["loc"])
+    what = error["msg"].removeprefix("Value error, ")
+    if not where or where in {"args", "env"}:
+        return InvalidSpec(f"{what[:1].upper()}{what[1:]}.")
+    shown = "" if where.partition(".")[0] in {"env", "stdin", "content"} else f"={str(error['input'])[:80]!r}"
+    return InvalidSpec(f"{where}{shown} is not allowed: {what[:1].lower()}{what[1:]}.")
 
 
 def encode(text: str) -> bytes:

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 import cloche
-from cloche.runtime.sync import make_spec
 from cloche.settings import Settings
 from cloche.testing.fake import FakeBackend
 
@@ -212,7 +211,7 @@ async def test_python(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch)
     try:
         with pytest.raises(cloche.ClocheError) as caught:
             async with cloche.Sandbox(Settings.from_env(case.environ), backends=table) as sandbox:
-                await sandbox.run(make_spec(**case.fields))
+                await sandbox.run(cloche.Spec(**case.fields))
     finally:
         if os.getuid() == 0:
             os.seteuid(0)
@@ -278,7 +277,7 @@ def test_spec_by_hand() -> None:
         ({"script": "a", "env": {"A": 5}}, "env.A"),
     ):
         with pytest.raises(cloche.InvalidSpec, match=words) as caught:
-            make_spec(**fields)
+            cloche.Spec(**fields)
         assert caught.value.message.endswith(".")
 
 
@@ -286,5 +285,5 @@ def test_secrets_are_not_repeated() -> None:
     """An error about a spec repeats neither the environment's values nor stdin."""
     for fields in ({"env": {"TOKEN": 12345}}, {"stdin": 12345}, {"env": {"LD_PRELOAD": "12345"}}):
         with pytest.raises(cloche.InvalidSpec) as caught:
-            make_spec(script="a", **fields)
+            cloche.Spec(script="a", **fields)
         assert "12345" not in str(caught.value)

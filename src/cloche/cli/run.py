@@ -18,7 +18,6 @@ from cloche.cli.writer import STDOUT, write_all
 from cloche.errors import ClocheError, InvalidSpec, WorkspaceTooLarge
 from cloche.result import Result
 from cloche.runtime import new_run_id
-from cloche.runtime.sync import make_spec
 from cloche.settings import Settings, parse_duration, resolve
 from cloche.spec import Spec
 
@@ -97,7 +96,7 @@ def _spec(options: Options, settings: Settings) -> Spec:
         "min_isolation": options.min_isolation,
         "timeout": timeout,
     }
-    return make_spec(
+    return Spec(
         script=options.script,
         args=options.args,
         env=options.env,

@@ -7,13 +7,11 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import anyio
-from pydantic import ValidationError
 from typing_extensions import Unpack
 
-from cloche.errors import InvalidSpec
 from cloche.isolation import Isolation
 from cloche.result import Result
 from cloche.runtime.runtime import Sandbox
@@ -50,34 +48,11 @@ def run(script: str | os.PathLike[str] | None = None, **fields: Unpack[SpecField
     Raises:
         ClocheError: the run could not happen, or how it ended is not known.
     """
-    spec = make_spec(script=None if script is None else os.fspath(script), **fields)
+    spec = Spec(script=None if script is None else os.fspath(script), **cast("dict[str, Any]", fields))
     settings = Settings.from_env()
     if _loop_runs_here():
         return _in_thread(spec, settings)
     return anyio.run(_run, spec, settings)
-
-
-def make_spec(**fields: Any) -> Spec:
-    """A spec from values that nobody has checked yet.
-
-    Raises:
-        InvalidSpec: they cannot describe a run.
-    """
-    try:
-        return Spec(**fields)
-    except ValidationError as exc:
-        raise invalid_spec(exc) from None
-
-
-def invalid_spec(exc: ValidationError) -> InvalidSpec:
-    """Our error for pydantic's, about the first value that is not allowed. Values that may be secret are not repeated."""
-    error = exc.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in error["loc"])
-    what = error["msg"].removeprefix("Value error, ")
-    if not where or where in {"args", "env"}:
-        return InvalidSpec(f"{what[:1].upper()}{what[1:]}.")
-    shown = "" if where.partition(".")[0] in {"env", "stdin", "content"} else f"={str(error['input'])[:80]!r}"
-    return InvalidSpec(f"{where}{shown} is not allowed: {what[:1].lower()}{what[1:]}.")
 
 
 async def _run(spec: Spec, settings: Settings) -> Result:

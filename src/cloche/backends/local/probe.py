@@ -144,7 +144,7 @@ def guarantees(hardening: Hardening, flavour: Flavour, *, own_uid: bool, nproc: 
             Guarantee(
                 "kernel-memory-limit",
                 State.NOT_IN_FORCE,
-                "what the kernel holds for the script (socket buffers, pipes) is bounded only by its numbers of files and processes",
+                "what the kernel holds for the script (socket buffers, pipes) is bounded only by numbers of files and processes",
                 "Delegate a cgroup, or run as root.",
             ),
         ),

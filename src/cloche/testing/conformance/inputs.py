@@ -132,6 +132,26 @@ class Inputs(Suite):
             cloche.run(name="main.py", content="pass", env={name: "/tmp/evil.so"})
         assert caught.value.code == "invalid-spec"
 
+    async def test_network(self, sandbox: cloche.Sandbox) -> None:
+        """Without a word on it a run has no network but perhaps its own loopback; with ``open`` it has the engine's."""
+        source = "import socket; print(sorted(name for _, name in socket.if_nameindex()))"
+        closed = await sandbox.run(python(f"try:\n    {source}\nexcept PermissionError:\n    print([])"))
+        assert_exited(closed)
+        assert closed.stdout in {"['lo']\n", "[]\n"}
+        opened = await sandbox.run(python(source, network=cloche.Network.OPEN))
+        assert_exited(opened)
+        assert "'lo'" in opened.stdout
+        assert len(opened.stdout) >= len(closed.stdout)
+        server = """
+            import socket
+            with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+                server.accept()[0].sendall(b"heard")
+                print(client.recv(5).decode())
+        """
+        result = await sandbox.run(python(server, network=cloche.Network.OPEN))
+        assert_exited(result)
+        assert result.stdout == "heard\n"
+
     async def test_identity(self, sandbox: cloche.Sandbox) -> None:
         """The script is nobody: not root, no capability, nothing to gain by setuid programs, a session of its own."""
         result = await sandbox.run(
