@@ -40,6 +40,11 @@ anyio.run(main)
 """
 
 
+async def _open_and_run(target: Target) -> None:
+    async with target.sandbox() as sandbox:
+        assert_exited(await sandbox.run(python("pass")))
+
+
 class Departures(Suite):
     """Cancellation, Ctrl-C and sudden death."""
 
@@ -152,7 +157,8 @@ class Departures(Suite):
         word = observe.marker()
         script = tmp_path / "slow.py"
         script.write_text(SLOW)
-        with on_terminal(command("run", str(script), "--", word), target.command_environment()) as terminal:
+        argv = command("run", str(script), "--", word)
+        with target.nothing_left(), on_terminal(argv, target.command_environment()) as terminal:
             terminal.read(b"running", within_s=30)
             begin = time.monotonic()
             terminal.press(b"\x03")
@@ -169,9 +175,8 @@ class Departures(Suite):
         script.write_text(SLOW)
         word = observe.marker()
         argv = command("run", "--json", str(script), "--", word)
-        with subprocess.Popen(
-            argv, env=target.command_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as process:
+        environ, pipe = target.command_environment(), subprocess.PIPE
+        with target.nothing_left(), subprocess.Popen(argv, env=environ, stdout=pipe, stderr=pipe) as process:
             assert observe.wait_until(lambda: len(observe.processes_with(word)) >= 3 or not target.on_this_host, 20)
             if not target.on_this_host:
                 time.sleep(10)
@@ -188,7 +193,8 @@ class Departures(Suite):
     @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
     def test_terminated_client(self, target: Target, tmp_path: Path, sent: signal.Signals) -> None:
         """A client that is asked to end (SIGTERM, SIGHUP) takes its box with it."""
-        word = self._client_gets(sent, target, tmp_path)
+        with target.nothing_left():
+            word = self._client_gets(sent, target, tmp_path)
         assert observe.gone(word), observe.processes_with(word)
 
     def test_clients_killed_at_any_moment(self, target: Target) -> None:
@@ -196,30 +202,22 @@ class Departures(Suite):
         if not target.dies_with_client:
             absent(target.mode, "its engine keeps a box until its expiry")
 
-        async def sweep() -> None:
-            async with target.sandbox() as sandbox:
-                assert_exited(await sandbox.run(python("pass")))
-
         with target.nothing_left():
             clients = [
                 subprocess.Popen([sys.executable, "-c", CLIENT, str(after_ms)], env=target.command_environment())
                 for after_ms in (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30)
             ]
             assert [client.wait(60) for client in clients] == [-signal.SIGKILL] * len(clients)
-            anyio.run(sweep)
+            anyio.run(_open_and_run, target)
 
     def test_killed_client(self, target: Target, tmp_path: Path) -> None:
         """When the client dies by SIGKILL, every process of its box is gone within 2 s; the next open sweeps the rest."""
         if not target.dies_with_client:
             absent(target.mode, "its engine keeps a box until its expiry")
-        word = self._client_gets(signal.SIGKILL, target, tmp_path)
-        assert observe.gone(word, within_s=2), observe.processes_with(word)
-
-        async def sweep() -> None:
-            async with target.sandbox() as sandbox:
-                assert_exited(await sandbox.run(python("pass")))
-
-        anyio.run(sweep)
+        with target.nothing_left():
+            word = self._client_gets(signal.SIGKILL, target, tmp_path)
+            assert observe.gone(word, within_s=2), observe.processes_with(word)
+            anyio.run(_open_and_run, target)
 
     @staticmethod
     def _client_gets(sent: signal.Signals, target: Target, tmp_path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pty
 import select
@@ -13,6 +12,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+"""Makes stdin the controlling terminal of its session, and becomes the command."""
 
 
 def command(*args: str) -> list[str]:
@@ -65,17 +71,13 @@ def on_terminal(argv: Sequence[str], environ: Mapping[str, str]) -> Iterator[Ter
     """The command in a new session with a new pseudo-terminal as its controlling one; killed at the end if need be."""
     master, slave = pty.openpty()
 
-    def take_terminal() -> None:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
     process = subprocess.Popen(
-        argv,
+        [sys.executable, "-I", "-S", "-c", TAKE_TERMINAL, *argv],
         stdin=slave,
         stdout=slave,
         stderr=slave,
         env={"TERM": "xterm", **environ},
         start_new_session=True,
-        preexec_fn=take_terminal,  # noqa: PLW1509 -- only an ioctl, and nothing else gives a controlling terminal
     )
     try:
         yield Terminal(process, master, slave)
