@@ -38,7 +38,9 @@ class Build:
         if self.reports is None:
             return {}
         # LeakSanitizer stops its process with ptrace, which a process that is not dumpable refuses.
-        options = f"log_path={reports}/report:exitcode=99:detect_leaks=0:detect_stack_use_after_return=1:print_stacktrace=1"
+        options = (
+            f"log_path={reports}/report:exitcode=99:detect_leaks=0:detect_stack_use_after_return=1:print_stacktrace=1"
+        )
         return {"ASAN_OPTIONS": options, "UBSAN_OPTIONS": options}
 
     def reported(self) -> str:
@@ -133,7 +135,11 @@ def compile_c(command: Sequence[str], sources: Sequence[Path], program: Path) ->
 
 def _compiled(command: Sequence[str], sources: Sequence[Path], program: Path) -> bool:
     probe = subprocess.run(
-        [*command, "-o", program, "-xc", "-"], input="int main(void) { return 0; }", capture_output=True, text=True, check=False
+        [*command, "-o", program, "-xc", "-"],
+        input="int main(void) { return 0; }",
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if probe.returncode == 0:
         compile_c(command, sources, program)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from tests.supervisor import builds
 from tests.supervisor.harness import Bench, public_folder
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 import pytest
+from tests.supervisor.builds import REPORTS_IN_BOX, Build, absent
 
 from cloche.events import StreamName
 from cloche.spec import Limits
 from cloche.supervisor.bundle import Bundle, Entry
 from cloche.supervisor.frames import Data, Decoder, End, Fail, File, FileData, Foreign, Frame, Hello, Start
-from tests.supervisor.builds import REPORTS_IN_BOX, Build, absent
 
 PYTHON = "/usr/bin/python3"
 ENV = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}
@@ -128,7 +128,9 @@ class Run:
 
     def _only(self, kind: type[T]) -> T:
         found = [frame for frame in self.frames if isinstance(frame, kind)]
-        assert len(found) == 1, f"{len(found)} frames {kind.__name__}, status {self.status}, {self.errors!r}: {self.frames}"
+        assert len(found) == 1, (
+            f"{len(found)} frames {kind.__name__}, status {self.status}, {self.errors!r}: {self.frames}"
+        )
         return found[0]
 
 
@@ -312,7 +314,8 @@ class Bench:
     ) -> Iterator[Live]:
         """A box with the supervisor as its ``first`` process, or behind bubblewrap's.
 
-        ``mounts`` are more of bubblewrap's arguments, ``prefix`` is the program that starts the supervisor, ``frames`` where they go.
+        ``mounts`` are more of bubblewrap's arguments, ``prefix`` is the program that starts the supervisor, ``frames`` is
+        where they go.
         """
         uid = fresh_uid() if os.geteuid() == 0 else None
         box = ["--unshare-all", "--unshare-user", "--new-session", "--uid", "1000", "--gid", "1000"]

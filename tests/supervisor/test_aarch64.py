@@ -6,19 +6,22 @@ import os
 import platform
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
-
-from cloche.supervisor.bundle import File, Folder, Link
 from tests.supervisor import builds
 from tests.supervisor.harness import Bench, Live, Run, bundle
 from tests.supervisor.test_start import MALFORMED
 
+from cloche.supervisor.bundle import Entry, File, Folder, Link
+
 # zig builds its C library on first use.
 pytestmark = [
     pytest.mark.timeout(600),
-    pytest.mark.skipif(platform.machine() == "aarch64", reason="here it is the shipped binary, which all other tests run"),
+    pytest.mark.skipif(
+        platform.machine() == "aarch64", reason="here it is the shipped binary, which all other tests run"
+    ),
 ]
 
 
@@ -66,7 +69,12 @@ def test_malformed_bundle(arm: Bench, name: str) -> None:
 def test_unpacks_and_refuses_to_start_without_its_filter(arm: Bench) -> None:
     """It unpacks a workspace as it was sent; since the emulation has no system call filter, no script is started."""
     data = os.urandom(300_000)
-    entries = [Folder("d"), File("d/f", data), File("run", b"#!/bin/sh\n", executable=True), Link("d/l", "f")]
+    entries: list[Entry] = [
+        Folder("d"),
+        File("d/f", data),
+        File("run", b"#!/bin/sh\n", executable=True),
+        Link("d/l", "f"),
+    ]
     whole = bundle(["true"], entries=entries, stdin=b"input")
     with arm.box() as box:
         box.read_until(b"hello")
@@ -90,8 +98,6 @@ def workspace(box: Live) -> Path:
 
 def await_file(path: Path, size: int) -> None:
     """Until it is there and whole, and the link that comes after it."""
-    import time
-
     end = time.monotonic() + 10
     while not path.exists() or path.stat().st_size < size or not (path.parent / "d" / "l").is_symlink():
         assert time.monotonic() < end
@@ -100,6 +106,8 @@ def await_file(path: Path, size: int) -> None:
 
 def test_refusals(arm: Bench) -> None:
     """It refuses to protect badly, as the other one does."""
-    assert "may not give the script a uid of its own" in refused(arm.shell("true", "--script-uid", "5", "--script-gid", "5"))
+    assert "may not give the script a uid of its own" in refused(
+        arm.shell("true", "--script-uid", "5", "--script-gid", "5")
+    )
     run = arm.run(["true"], entries=[File(f"f{i}", bytes(2**20)) for i in range(70)])
     assert run.fail.code == "workspace-too-large"

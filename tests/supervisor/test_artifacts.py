@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
+from tests.supervisor.harness import Bench, Collected
 
 from cloche.spec import Limits
-from tests.supervisor.harness import Bench, Collected
 
 
 def of(artifact_bytes: int = 4 * 2**20, artifact_count: int = 256) -> Limits:
@@ -26,7 +26,9 @@ open(b"/output/\\xff", "wb").write(b"latin")
 os.mkdir("/output/no files")
 """
     run = bench.python(code)
-    want = {name: b"" if name == "empty" else bytes(range(256)) * 100 + name.encode() for name in names} | {"\udcff": b"latin"}
+    want = {name: b"" if name == "empty" else bytes(range(256)) * 100 + name.encode() for name in names} | {
+        "\udcff": b"latin"
+    }
     assert {path: file.data for path, file in run.files.items()} == want
     assert all(file.size == len(file.data) and not file.truncated for file in run.files.values())
     assert list(run.files) == sorted(run.files, key=os.fsencode)
@@ -37,23 +39,25 @@ os.mkdir("/output/no files")
 def test_bound_of_bytes(bench: Bench, size: int) -> None:
     """A file beyond the bound is cut to it, flagged, and told with its true size."""
     run = bench.python(f"open('/output/f', 'wb').write(b'x' * {size})", limits=of(artifact_bytes=10_000))
-    assert run.files == {"f": Collected(size, size > 10_000, b"x" * min(size, 10_000))}
+    assert run.files == {"f": Collected(size, truncated=size > 10_000, data=b"x" * min(size, 10_000))}
 
 
 def test_bound_of_bytes_in_all(bench: Bench) -> None:
     """The bound is for all files together; those that do not fit are named, with nothing of their bytes."""
     run = bench.shell("cd /output; for f in a b c; do printf 12345 >$f; done; : >d", limits=of(artifact_bytes=8))
     assert run.files == {
-        "a": Collected(5, False, b"12345"),
-        "b": Collected(5, True, b"123"),
-        "c": Collected(5, True, b""),
-        "d": Collected(0, False, b""),
+        "a": Collected(5, truncated=False, data=b"12345"),
+        "b": Collected(5, truncated=True, data=b"123"),
+        "c": Collected(5, truncated=True, data=b""),
+        "d": Collected(0, truncated=False, data=b""),
     }
 
 
 def test_no_bytes_at_all(bench: Bench) -> None:
     """With bounds of nothing, nothing comes."""
-    assert bench.shell("echo x >/output/x", limits=of(artifact_bytes=0)).files == {"x": Collected(2, True, b"")}
+    assert bench.shell("echo x >/output/x", limits=of(artifact_bytes=0)).files == {
+        "x": Collected(2, truncated=True, data=b"")
+    }
     run = bench.shell("echo x >/output/x", limits=of(artifact_count=0))
     assert run.files == {}
     assert run.end.artifacts_skipped == 1
@@ -69,14 +73,14 @@ def test_bound_of_count(bench: Bench) -> None:
 def test_sparse_file(bench: Bench) -> None:
     """A file that is large but empty costs no more than the bound."""
     run = bench.python("open('/output/s', 'w').truncate(60_000_000)", limits=of(artifact_bytes=1000))
-    assert run.files == {"s": Collected(60_000_000, True, bytes(1000))}
+    assert run.files == {"s": Collected(60_000_000, truncated=True, data=bytes(1000))}
 
 
 @pytest.mark.parametrize("mode", ["000", "100", "200", "300", "400", "600"])
 def test_locked_folders_and_files(bench: Bench, mode: str) -> None:
     """A script cannot hide artifacts by locking them: it owns them, and so does the supervisor."""
-    code = f"cd /output; mkdir -p d/e; echo 1 >d/e/f; echo 2 >d/f; echo 3 >g; chmod {mode} d/e/f d/f g; chmod {mode} d/e; chmod {mode} d . "
-    run = bench.shell(code)
+    code = "cd /output; mkdir -p d/e; echo 1 >d/e/f; echo 2 >d/f; echo 3 >g; "
+    run = bench.shell(f"{code} chmod {mode} d/e/f d/f g; chmod {mode} d/e; chmod {mode} d .")
     assert {path: file.data for path, file in run.files.items()} == {"d/e/f": b"1\n", "d/f": b"2\n", "g": b"3\n"}
 
 
@@ -118,8 +122,9 @@ for i in range(200):
     assert len(run.files) == 33
     assert run.files["d/" * 32 + "f"].data == b"32"
     assert run.end.artifacts_skipped == 1
-    long = bench.python("import os\nos.makedirs('/output/' + '/'.join(['x' * 250] * 5))\nopen('/output/' + '/'.join(['x' * 250] * 4 + ['f']), 'w')")
-    assert list(long.files) == ["/".join(["x" * 250] * 4 + ["f"])]
+    folders = "/".join(["x" * 250] * 4)
+    long = bench.python(f"import os\nos.makedirs('/output/{folders}/{'x' * 250}')\nopen('/output/{folders}/f', 'w')")
+    assert list(long.files) == [f"{folders}/f"]
     assert long.end.artifacts_skipped == 1
 
 

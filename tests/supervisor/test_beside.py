@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.supervisor import builds
+from tests.supervisor.harness import ENV, PYTHON, Bench, Run, bundle, fresh_uid
 
 from cloche.spec import Limits
 from cloche.supervisor.bundle import File
 from cloche.supervisor.frames import Hardening
-from tests.supervisor import builds
-from tests.supervisor.harness import ENV, PYTHON, Bench, Run, bundle, fresh_uid
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give the script a uid of its own")
 
@@ -37,7 +37,14 @@ print("done")
 WITHOUT_KILL = "CAP_SETUID,CAP_SETGID,CAP_SETPCAP,CAP_CHOWN,CAP_DAC_OVERRIDE,CAP_FOWNER"
 
 
-def python(bench: Bench, code: str, *options: str, limits: Limits | None = None, capabilities: str = "ALL", first: bool = False) -> Run:
+def python(
+    bench: Bench,
+    code: str,
+    *options: str,
+    limits: Limits | None = None,
+    capabilities: str = "ALL",
+    first: bool = False,
+) -> Run:
     """A run that left nothing behind."""
     with bench.beside(*options, capabilities=capabilities, first=first) as box:
         box.feed(bundle([PYTHON, "-I", "-S", "-u", "-c", code], limits=limits))
@@ -82,10 +89,12 @@ def test_everything_dies(bench: Bench, capabilities: str, first: bool) -> None:
 @pytest.mark.parametrize("capabilities", ["ALL", WITHOUT_KILL])
 def test_timeout(bench: Bench, capabilities: str) -> None:
     """At its time the tree gets SIGTERM and, after the grace, SIGKILL."""
-    polite = python(bench, "import signal,sys,time\nsignal.signal(15, lambda *_: sys.exit(4))\ntime.sleep(100)", limits=SHORT, capabilities=capabilities)
+    code = "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(4))\ntime.sleep(100)"
+    polite = python(bench, code, limits=SHORT, capabilities=capabilities)
     assert (polite.end.exit_code, polite.end.cause) == (4, "timeout")
     begun = time.monotonic()
-    stubborn = python(bench, DAEMONS + "signal.signal(15, signal.SIG_IGN)\ntime.sleep(100)", limits=SHORT, capabilities=capabilities)
+    code = DAEMONS + "signal.signal(15, signal.SIG_IGN)\ntime.sleep(100)"
+    stubborn = python(bench, code, limits=SHORT, capabilities=capabilities)
     assert (stubborn.end.signal, stubborn.end.cause) == (signal.SIGKILL, "timeout")
     assert 0.6e6 <= stubborn.end.run_us < 1.2e6
     assert time.monotonic() - begun < 3
@@ -146,7 +155,13 @@ def pids_cgroup(limit: int) -> Iterator[Path]:
 
 def test_a_script_that_holds_every_pid(bench: Bench) -> None:
     """Where the script has taken all pids, so that no helper can be forked, it dies all the same."""
-    code = "import os, signal, time\nsignal.signal(15, signal.SIG_IGN)\nwhile True:\n try: os.fork()\n except OSError: time.sleep(0.001)"
+    code = """
+import os, signal, time
+signal.signal(15, signal.SIG_IGN)
+while True:
+    try: os.fork()
+    except OSError: time.sleep(0.001)
+"""
     with pids_cgroup(40) as procs, bench.beside() as box:
         procs.write_text(str(box.pid))
         box.feed(bundle([PYTHON, "-I", "-S", "-c", code], limits=SHORT))

@@ -7,10 +7,10 @@ import os
 import signal
 
 import pytest
+from tests.supervisor.harness import PYTHON, Bench, bundle
 
 from cloche.spec import Limits
 from cloche.supervisor.frames import Hardening
-from tests.supervisor.harness import PYTHON, Bench, bundle
 
 MIB = 2**20
 HOG = """
@@ -47,7 +47,19 @@ print(json.dumps({
     "ids": [os.getresuid(), os.getresgid(), os.getgroups()], "oom": open("/proc/self/oom_score_adj").read(),
 }))
 """
-    run = bench.python(code, "--nproc", "50", "--nofile", "99", "--fsize", "12345678", "--inodes", "777", "--memory-watch", str(2**30))
+    options = [
+        "--nproc",
+        "50",
+        "--nofile",
+        "99",
+        "--fsize",
+        "12345678",
+        "--inodes",
+        "777",
+        "--memory-watch",
+        str(2**30),
+    ]
+    run = bench.python(code, *options)
     said = json.loads(run.stdout)
     status, claims = said["status"], run.end.hardening
     assert run.hello.pid == 1
@@ -55,7 +67,16 @@ print(json.dumps({
     assert status["Seccomp"] == "2"
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
         assert int(status[name], 16) == 0, name
-    for held in ("PID_1", "NO_NEW_PRIVS", "NO_CAPABILITIES", "SECCOMP", "WORKSPACE_SEALED", "MEMORY_WATCH", "NPROC", "INODES"):
+    for held in (
+        "PID_1",
+        "NO_NEW_PRIVS",
+        "NO_CAPABILITIES",
+        "SECCOMP",
+        "WORKSPACE_SEALED",
+        "MEMORY_WATCH",
+        "NPROC",
+        "INODES",
+    ):
         assert Hardening[held] in claims, held
     for absent in ("OWN_UID", "SOCKETS_UNIX_ONLY", "OOM_COUNTER"):
         assert Hardening[absent] not in claims, absent
@@ -94,7 +115,13 @@ print("all right")
         run = box.finish()
     if Hardening.LANDLOCK_WRITES not in run.end.hardening:
         pytest.skip("this kernel has no Landlock")
-    assert run.stdout.decode().splitlines() == ["/output written", "/tmp written", "/dev/shm written", "/extra 13", "all right"]
+    assert run.stdout.decode().splitlines() == [
+        "/output written",
+        "/tmp written",
+        "/dev/shm written",
+        "/extra 13",
+        "all right",
+    ]
 
 
 def test_memory_watch_sums_the_processes(bench: Bench) -> None:
@@ -259,4 +286,3 @@ def test_another_uid_needs_the_right_to_give_it(bench: Bench) -> None:
     run = bench.shell("true", "--script-uid", "1234", "--script-gid", "1234")
     assert run.fail.code == "isolation-unavailable"
     assert "may not give the script a uid of its own" in run.fail.message
-

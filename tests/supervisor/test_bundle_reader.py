@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.supervisor import builds
+from tests.supervisor.test_start import MAGIC, records
 
 from cloche.spec import Limits, encode
 from cloche.supervisor.bundle import CHUNK_BYTES, Bundle, Entry, File, Folder, Link
-from tests.supervisor import builds
 
 QUICK = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-text = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)) | st.sampled_from("\udc80\udcff"), max_size=20)
+text = st.text(
+    st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.sampled_from("\udc80\udcff"), max_size=20
+)
 name = text.map(lambda value: value.replace("/", "|")).filter(
     lambda value: value not in {"", ".", ".."} and len(encode(value)) <= 255
 )
@@ -55,7 +58,9 @@ def bundles(draw: st.DrawFn) -> Bundle:
 def expected(bundle: Bundle) -> list[str]:
     """The calls that the reader must make."""
     calls: list[str] = []
-    for entry in [e for e in bundle.entries if not isinstance(e, Link)] + [e for e in bundle.entries if isinstance(e, Link)]:
+    for entry in [e for e in bundle.entries if not isinstance(e, Link)] + [
+        e for e in bundle.entries if isinstance(e, Link)
+    ]:
         match entry:
             case Folder(path=where):
                 calls.append(f"folder {encode(where).hex()}")
@@ -158,7 +163,5 @@ def test_damaged_bundles_do_no_harm(driver: Path, bundle: Bundle, kind: str, a: 
 )
 def test_link_targets(driver: Path, target: bytes, where: bytes, fine: bool) -> None:
     """A link's target may climb as far as its own folder is deep, at no point further."""
-    from tests.supervisor.test_start import MAGIC, records
-
     *_, last = calls(driver, records(MAGIC, (b"S", target + b"\0" + where)))
     assert last == ("error it ended too early" if fine else "error a link's path or target")

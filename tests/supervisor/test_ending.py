@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.supervisor.harness import PYTHON, Bench, bundle
 
 from cloche.spec import Limits
-from tests.supervisor.harness import PYTHON, Bench, bundle
 
 SHORT = Limits(timeout_s=0.4, grace_s=0.3)
 STUBBORN = """
@@ -179,12 +179,12 @@ def test_other_signals_do_nothing(bench: Bench) -> None:
 def test_the_script_cannot_cancel(bench: Bench) -> None:
     """The script can send the supervisor no signal, in no way that names it."""
     code = """
-import os, signal, ctypes
+import os, ctypes
+libc = ctypes.CDLL(None, use_errno=True)
 for pid in (1, -1, os.getppid(), 0x100000001):
     for number in (0, 2, 9, 15, 19):
         try:
-            if pid < 2**31: os.kill(pid, number)
-            else: ctypes.CDLL(None, use_errno=True).kill(ctypes.c_long(pid), number) and (_ for _ in ()).throw(OSError(ctypes.get_errno(), ""))
+            if libc.kill(ctypes.c_long(pid), number): raise OSError(ctypes.get_errno(), "")
             print("sent", pid, number)
         except OSError as e:
             if e.errno != 1: print(pid, number, e.errno)
@@ -209,7 +209,10 @@ def test_signals_from_inside_the_box_are_no_cancel(bench: Bench) -> None:
     assert (run.end.exit_code, run.end.cause) == (0, "none")
 
 
-@pytest.mark.parametrize("code", ["sleep 100", "while :; do echo flood; done", "yes | cat >&2 & yes", "sleep 0.02; echo x; sleep 100"])
+SPEAKERS = ["sleep 100", "while :; do echo flood; done", "yes | cat >&2 & yes", "sleep 0.02; echo x; sleep 100"]
+
+
+@pytest.mark.parametrize("code", SPEAKERS)
 def test_gone_reader(bench: Bench, code: str) -> None:
     """Without a reader the run is pointless: the supervisor ends at once and takes everything with it."""
     for _ in range(4):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
 from pathlib import Path
 
 import pytest
-
-from cloche.supervisor.bundle import File, Folder, Link
 from tests.supervisor.harness import ENV, PYTHON, Bench, bundle
+
+from cloche.supervisor.bundle import Entry, File, Folder, Link
 
 MAGIC = (b"M", b"cloche-bundle 1")
 TIME = (b"L", b"timeout_ms=1000")
@@ -26,7 +27,11 @@ def test_arguments_and_environment_are_exact(bench: Bench) -> None:
     """The script gets its arguments and environment byte by byte, and nothing else."""
     args = ["", "a b", "$(id)", "`id`", ";", "'\"", "a\nb", "-x", "\u00fc\U0001f514", "\udcff"]
     env = {**ENV, "EMPTY": "", "EQUALS": "a=b=c", "BYTES": "\udcfe"}
-    code = "import os,sys,json; print(json.dumps([[os.fsencode(a).hex() for a in sys.argv[1:]], {os.fsencode(k).hex(): os.fsencode(v).hex() for k, v in os.environ.items()}]))"
+    code = """
+import os, sys, json
+hexed = lambda text: os.fsencode(text).hex()
+print(json.dumps([list(map(hexed, sys.argv[1:])), {hexed(name): hexed(value) for name, value in os.environ.items()}]))
+"""
     run = bench.run([PYTHON, "-I", "-c", code, *args], env=env)
     got_args, got_env = json.loads(run.stdout)
     assert got_args == [os.fsencode(arg).hex() for arg in args]
@@ -49,7 +54,11 @@ def test_only_three_descriptors_are_open(bench: Bench) -> None:
 
 def test_has_a_session_of_its_own(bench: Bench) -> None:
     """The script leads a session, starts in /workspace, and no signal is blocked or ignored for it."""
-    code = "import os; print(os.getpid() == os.getsid(0) == os.getpgid(0), os.getcwd(), os.umask(0)); print(open('/proc/self/status').read())"
+    code = """
+import os
+print(os.getpid() == os.getsid(0) == os.getpgid(0), os.getcwd(), os.umask(0))
+print(open('/proc/self/status').read())
+"""
     lines = bench.run([PYTHON, "-I", "-c", code]).stdout.decode().splitlines()
     assert lines[0] == f"True /workspace {0o022}"
     masks = dict(line.split(":\t", 1) for line in lines[1:] if line.startswith("Sig"))
@@ -60,7 +69,7 @@ def test_has_a_session_of_its_own(bench: Bench) -> None:
 
 def test_files_links_and_modes(bench: Bench) -> None:
     """The workspace has exactly the folders, files, modes and links of the bundle, and cannot be written."""
-    entries = [
+    entries: list[Entry] = [
         Folder("empty"),
         Folder("deep"),
         Folder("deep/er"),
@@ -94,8 +103,6 @@ print(json.dumps([found, refused, os.popen("./run").read()]))
 """
     run = bench.run([PYTHON, "-I", "-c", code], entries=entries)
     found, refused, ran = json.loads(run.stdout)
-    import hashlib
-
     want = {}
     for entry in entries:
         match entry:
@@ -125,8 +132,6 @@ for attempt in (lambda: os.write(0, b"x"), lambda: os.ftruncate(0, 1 << 20), lam
     except OSError as e:
         print(e.errno)
 """
-    import hashlib
-
     run = bench.python(code, stdin=stdin)
     first, *attempts = run.stdout.decode().splitlines()
     assert first == f"{size} {hashlib.sha256(stdin).hexdigest()}"
@@ -136,7 +141,7 @@ for attempt in (lambda: os.write(0, b"x"), lambda: os.ftruncate(0, 1 << 20), lam
 
 
 @pytest.mark.parametrize("cuts", [[1], [4, 5, 6], [100, 100, 101], [7, 300, 65536 + 400]])
-def test_bundle_from_several_files(bench: Bench, folder: Path, cuts: list[int], tmp_path_factory: object) -> None:
+def test_bundle_from_several_files(bench: Bench, folder: Path, cuts: list[int]) -> None:
     """A bundle may come in several files, cut anywhere, in the order of the arguments."""
     data = os.urandom(200_000)
     whole = bundle(["sh", "-c", "cat data; cat >&2"], entries=[File("data", data)], stdin=data[:1000])
@@ -168,7 +173,9 @@ def test_bundle_begins_in_stdin(bench: Bench, folder: Path) -> None:
 def test_closed_stdin_does_no_harm(bench: Bench, folder: Path) -> None:
     """A supervisor that was started without any stdin works, hears signals, and so does its script."""
     source = folder / f"whole-{bench.build.name}"
-    source.write_bytes(bundle(["sh", "-c", "trap 'exit 3' TERM; readlink /proc/self/fd/0; while :; do sleep 0.02; done"]))
+    source.write_bytes(
+        bundle(["sh", "-c", "trap 'exit 3' TERM; readlink /proc/self/fd/0; while :; do sleep 0.02; done"])
+    )
     closed = ["sh", "-c", 'exec "$@" <&-', "sh"]
     with bench.box("--bundle", "/run/whole", binds=[(source, "/run/whole")], prefix=closed) as box:
         box.read_until(b" o ")
@@ -239,11 +246,28 @@ MALFORMED = {
     "file without its folder": (records(MAGIC, (b"F", b"-d/f")), "create: No such file or directory"),
     "file below a file": (records(MAGIC, (b"F", b"-f"), (b"F", b"-f/g")), "create: Not a directory"),
     "link over a file": (records(MAGIC, (b"F", b"-f"), (b"S", b"x\0f")), "symlink: File exists"),
-    "link through a link": (records(MAGIC, (b"D", b"d"), (b"S", b"d\0l"), (b"S", b"x\0l/m")), "symlink: Not a directory"),
+    "link through a link": (
+        records(MAGIC, (b"D", b"d"), (b"S", b"d\0l"), (b"S", b"x\0l/m")),
+        "symlink: Not a directory",
+    ),
     "stdin twice": (records(MAGIC, (b"I", b""), (b"I", b"")), "stdin: File exists"),
 } | {
     f"path {path!r}": (records(MAGIC, (b"F", b"-" + path)), "a file's path")
-    for path in (b"", b"/etc/x", b"..", b"../x", b"a/../b", b"a/..", b".", b"./a", b"a//b", b"a/", b"x" * 256, b"a\0b", b"a/" * 2001)
+    for path in (
+        b"",
+        b"/etc/x",
+        b"..",
+        b"../x",
+        b"a/../b",
+        b"a/..",
+        b".",
+        b"./a",
+        b"a//b",
+        b"a/",
+        b"x" * 256,
+        b"a\0b",
+        b"a/" * 2001,
+    )
 }
 
 
@@ -280,9 +304,21 @@ def test_workspace_that_does_not_fit(bench: Bench) -> None:
         (["no-such-program"], "interpreter-missing", "no-such-program is not on the box's PATH."),
         (["/no/such/program"], "interpreter-missing", "/no/such/program is not on the box's PATH."),
         ([""], "interpreter-missing", " cannot be started in the box: Permission denied."),
-        (["/workspace/plain"], "interpreter-missing", "/workspace/plain cannot be started in the box: Permission denied."),
-        (["/workspace/junk"], "interpreter-missing", "/workspace/junk cannot be started in the box: Exec format error."),
-        (["true", *["x" * 100_000] * 25], "invalid-spec", "Arguments and environment together are larger than the kernel takes."),
+        (
+            ["/workspace/plain"],
+            "interpreter-missing",
+            "/workspace/plain cannot be started in the box: Permission denied.",
+        ),
+        (
+            ["/workspace/junk"],
+            "interpreter-missing",
+            "/workspace/junk cannot be started in the box: Exec format error.",
+        ),
+        (
+            ["true", *["x" * 100_000] * 25],
+            "invalid-spec",
+            "Arguments and environment together are larger than the kernel takes.",
+        ),
     ],
 )
 def test_program_that_cannot_start(bench: Bench, argv: list[str], code: str, message: str) -> None:
@@ -295,7 +331,8 @@ def test_program_that_cannot_start(bench: Bench, argv: list[str], code: str, mes
 def test_path_of_the_script(bench: Bench) -> None:
     """The program is looked up on the script's own PATH, where only absolute folders count."""
     program = [File("tool", b"#!/bin/sh\necho found $0\n", executable=True)]
-    assert bench.run(["tool"], entries=program, env={"PATH": "/nowhere:/workspace:/usr/bin"}).stdout == b"found /workspace/tool\n"
+    run = bench.run(["tool"], entries=program, env={"PATH": "/nowhere:/workspace:/usr/bin"})
+    assert run.stdout == b"found /workspace/tool\n"
     for path in ("", ".", ":", "workspace"):
         assert bench.run(["tool"], entries=program, env={"PATH": path}).fail.code == "interpreter-missing"
     assert bench.run(["sh", "-c", "echo default"], env={}).stdout == b"default\n"
@@ -303,7 +340,9 @@ def test_path_of_the_script(bench: Bench) -> None:
 
 def test_program_elsewhere(bench: Bench) -> None:
     """An interpreter that is not on the PATH is started from the place that the backend names, under that name."""
-    run = bench.run(["snake", "-c", "import sys; print(sys.executable)"], "--program", "snake", "--program-path", PYTHON)
+    run = bench.run(
+        ["snake", "-c", "import sys; print(sys.executable)"], "--program", "snake", "--program-path", PYTHON
+    )
     assert run.stdout.decode().strip() == PYTHON
 
 
@@ -323,7 +362,7 @@ def test_program_elsewhere(bench: Bench) -> None:
     ],
 )
 def test_wrong_options(bench: Bench, options: list[str]) -> None:
-    """Options that the supervisor does not know exactly are a usage error: it never runs with less than it was asked for."""
+    """Options that the supervisor does not know are a usage error: it never runs with less than it was asked for."""
     with bench.box(*options) as box:
         box.feed(b"")
         run = box.finish()
