@@ -73,8 +73,8 @@ bench: setup ## measure cloche against plain bubblewrap and the bare program
 	@mkdir -p build
 	$(BIN)/python benchmarks/local.py --json build/bench.json
 
-sanitize: $(VENV)/.ready ## the supervisor's own tests under sanitizers, and its fuzzer for a while
-	tests/supervisor/run-sanitizers
+sanitize: setup ## the supervisor's own tests under sanitizers, and its fuzzer for a while
+	PYTHON=$(BIN)/python tests/supervisor/run-sanitizers
 
 wheel: $(VENV)/.ready ## build sdist and wheel for publishing, with both architectures, into dist/
 	rm -rf dist
