@@ -178,9 +178,19 @@ import ctypes, os
 try: os.memfd_create("x"); print("memfd")
 except OSError as e: print(e.errno)
 print(ctypes.CDLL(None).shmget(0, 4096, 0o1666) >= 0)
+import mmap
+for file in (lambda: -1, lambda: os.open("/dev/zero", os.O_RDWR)):
+    try: mmap.mmap(file(), 4096); print("held")
+    except OSError as e: print(e.errno)
+fd = os.open("/dev/shm/file", os.O_RDWR | os.O_CREAT); os.ftruncate(fd, 4096)
+mmap.mmap(fd, 4096); print("shared")
+mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); print("private")
 """
-    assert bench.run([PYTHON, "-c", code], "--memory-watch", str(100 * MIB)).stdout == b"1\nFalse\n"
-    assert bench.run([PYTHON, "-c", code]).stdout == b"memfd\nTrue\n"
+    with_watch = bench.run([PYTHON, "-c", code], "--memory-watch", str(100 * MIB))
+    without = bench.run([PYTHON, "-c", code])
+    zero = "13" if Hardening.LANDLOCK_WRITES in with_watch.end.hardening else "held"
+    assert with_watch.stdout.decode().split() == ["1", "False", "1", zero, "shared", "private"]
+    assert without.stdout.decode().split() == ["memfd", "True", "held", "held", "shared", "private"]
 
 
 def test_nproc(bench: Bench) -> None:

@@ -111,6 +111,12 @@ def test_a_cut_bundle_is_refused(driver: Path, bundle: Bundle, at: int) -> None:
     assert before == want[: len(before)]
 
 
+def test_the_shortest_time(driver: Path) -> None:
+    """A time of less than a millisecond is one, and not a plan without time."""
+    data = b"".join(Bundle(argv=["x"], env={}, limits=Limits(timeout_s=1e-9)).records())
+    assert calls(driver, data)[-1].startswith("limits 1 ")
+
+
 MUTATIONS: Sequence[str] = ("flip", "drop", "double", "swap")
 
 

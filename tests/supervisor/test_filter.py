@@ -331,10 +331,16 @@ def test_sockets_unix_only(folder: Path, arch: str) -> None:
 
 
 def test_no_hidden_memory(folder: Path, arch: str) -> None:
-    """Under the memory watch there is neither memfd nor shared memory of System V, and all else is as before."""
+    """Under the watch there is no memory that outlives its last map or hides in swap, and all else is as before."""
     its, plain = dumped(folder, arch, no_hidden_memory=True), dumped(folder, arch)
     for number in range(plain.calls["newest"] + 5):
-        want = (
-            "EPERM" if number in {its.calls["memfd_create"], its.calls["shmget"]} else plain.verdict(number, *[0] * 6)
-        )
-        assert its.verdict(number, *[0] * 6) == want
+        refused = number in {its.calls["memfd_create"], its.calls["shmget"]}
+        assert its.verdict(number, *[0] * 6) == ("EPERM" if refused else plain.verdict(number, *[0] * 6))
+    shared, private, fixed, anonymous, noreserve = 0x01, 0x02, 0x10, 0x20, 0x4000
+    for flags in (shared | anonymous, shared | anonymous | fixed | noreserve, HIGH | shared | anonymous):
+        assert its.call("mmap", 0, 4096, 3, flags, -1, 0) == "EPERM"
+        assert plain.call("mmap", 0, 4096, 3, flags, -1, 0) == "allowed"
+    for flags in (private | anonymous, private, shared, private | anonymous | fixed | noreserve, 0x20022, 0x100022):
+        assert its.call("mmap", 0, 4096, 3, flags, -1, 0) == "allowed"
+    for advice in range(-1, 120):
+        assert its.call("madvise", 4096, 4096, advice) == ("EPERM" if advice == 21 else "allowed")

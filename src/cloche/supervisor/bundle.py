@@ -85,7 +85,7 @@ class Bundle:
         yield _record(b"M", MAGIC)
         limits = self.limits
         for name, number in (
-            ("timeout_ms", round(limits.timeout_s * 1000)),
+            ("timeout_ms", max(1, round(limits.timeout_s * 1000))),
             ("grace_ms", round(limits.grace_s * 1000)),
             ("output_bytes", limits.output_bytes),
             ("artifact_bytes", limits.artifact_bytes),

@@ -69,7 +69,7 @@ static bool limit(int what, uint64_t value)
 
 /* Writes only where the box's design has them, and no signals out of the script's own domain. The mounts already forbid
  * most of it; Landlock holds where a mount cannot be made read-only. */
-static unsigned landlock(const char *output, long least_abi)
+static unsigned landlock(const struct options *o)
 {
 	/* From linux/landlock.h of 6.12: rights that later headers know, so that older ones compile this. */
 	const uint64_t read_rights = LANDLOCK_ACCESS_FS_EXECUTE | LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_READ_DIR;
@@ -77,12 +77,15 @@ static unsigned landlock(const char *output, long least_abi)
 	struct {
 		uint64_t fs, net, scoped;
 	} rules = {0};
-	const char *writable[] = {output, WRITABLE_TMP, WRITABLE_SHM, "/dev/null", "/dev/zero", "/dev/full", "/dev/tty", "/dev/pts",
-				  "/dev/ptmx", "/proc"};
+	const char *writable[] = {o->output, WRITABLE_TMP, WRITABLE_SHM, "/dev/null", "/dev/full", "/dev/tty", "/dev/pts", "/dev/ptmx",
+				  "/proc",
+				  /* A shared map of it is memory that the watch does not see; see seccomp.c. */
+				  o->memory_watch > 0 ? "/dev/null" : "/dev/zero"};
 	long abi = syscall(SYS_landlock_create_ruleset, NULL, 0, LANDLOCK_CREATE_RULESET_VERSION);
 	unsigned done = 0;
 
-	if (abi < least_abi)
+	/* ABI 1 cannot allow a rename between two folders; before 3 nothing forbids to truncate a file. */
+	if (abi < (o->need_landlock ? 3 : 2))
 		return 0;
 	rules.fs = (1u << 13) - 1; /* all of ABI 1 */
 	rules.fs = (rules.fs & ~read_rights) | refer | (abi >= 3 ? truncate : 0);
@@ -162,8 +165,7 @@ const char *harden_script(const struct options *o, pid_t supervisor, unsigned *d
 	if (!drop_own_capabilities(false) || !no_capabilities())
 		return "capset";
 	*done |= HARD_NO_CAPABILITIES;
-	/* ABI 1 cannot allow a rename between two folders; before 3 nothing forbids to truncate a file. */
-	*done |= landlock(o->output, o->need_landlock ? 3 : 2);
+	*done |= landlock(o);
 	if (o->need_landlock && !(*done & HARD_LANDLOCK_WRITES)) {
 		errno = EPERM;
 		return "the workspace can be made read-only neither as a mount nor by Landlock";

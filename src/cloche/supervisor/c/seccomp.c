@@ -9,6 +9,7 @@
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <sched.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -259,6 +260,16 @@ static void argument_rules(const struct seccomp_rules *r)
 	if (r->no_hidden_memory) {
 		refuse(SYS_memfd_create);
 		refuse(SYS_shmget);
+		/* Shared pages stay when no process maps them any more, and so does what was sent to swap. */
+		begin_block(SYS_mmap);
+		load_arg(3);
+		put(BPF_ALU | BPF_AND | BPF_K, MAP_TYPE | MAP_ANONYMOUS, 0, 0);
+		deny_if_equal(MAP_SHARED | MAP_ANONYMOUS);
+		end_block(SECCOMP_RET_ALLOW);
+		begin_block(SYS_madvise);
+		load_arg(2);
+		deny_if_equal(21 /* MADV_PAGEOUT */);
+		end_block(SECCOMP_RET_ALLOW);
 	}
 }
 
