@@ -33,7 +33,7 @@ def say_posture(posture: Posture) -> None:
     """What isolation is in force, promise by promise."""
     say(f"mode {posture.mode} ({posture.engine or 'no engine'}), isolation {posture.isolation}")
     for guarantee in posture.guarantees:
-        advice = f" {guarantee.advice}" if guarantee.advice else ""
+        advice = f". {guarantee.advice}" if guarantee.advice else ""
         say(f"  {_MARKS[guarantee.state]} {guarantee.name}: {guarantee.evidence}{advice}")
 
 

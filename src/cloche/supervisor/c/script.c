@@ -71,8 +71,11 @@ static void child(const struct options *o, const struct plan *p, const int fds[3
 	pid_t supervisor = getppid();
 	sigset_t none;
 
-	for (int sig = 1; sig < NSIG; sig++)
-		signal(sig, SIG_DFL);
+	/* Past the C library, which keeps 32 and 33 for itself: what started cloche may ignore them (make does). */
+	static const unsigned long default_action[8]; /* the kernel's struct sigaction, all zero */
+
+	for (int sig = 1; sig <= 64; sig++)
+		syscall(SYS_rt_sigaction, sig, default_action, NULL, 8);
 	if (setsid() < 0 || dup2(fds[0], 0) < 0 || dup2(fds[1], 1) < 0 || dup2(fds[2], 2) < 0)
 		problem = "its file descriptors";
 	else if (chdir(o->workspace) != 0)
