@@ -192,7 +192,7 @@ def opened():
                 return path
 def changed():
     for folder, files in folders():
-        for name in files[:5]:
+        for name in files[:2]:
             path = os.path.join(folder, name)
             status = quietly(os.lstat, path)
             if status is not None and stat.S_ISCHR(status.st_mode):
