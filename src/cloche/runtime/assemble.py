@@ -153,5 +153,4 @@ def _failure(fail: Fail) -> ClocheError:
         return ProtocolError(
             f"The box failed with a code that this version does not know, {fail.code}: {fail.message}."
         )
-    message = fail.message.rstrip(".")
-    return known(message[:1].upper() + message[1:] + ".")
+    return known(fail.message.rstrip(".") + ".")
