@@ -129,8 +129,8 @@ def test_short_artifact() -> None:
 @pytest.mark.parametrize(
     ("frame", "error", "message"),
     [
-        (Fail("interpreter-missing", "no python3 here"), cloche.InterpreterMissing, "No python3 here."),
-        (Fail("invalid-spec", "argument list too long."), cloche.InvalidSpec, "Argument list too long."),
+        (Fail("interpreter-missing", "no python3 here"), cloche.InterpreterMissing, "no python3 here."),
+        (Fail("invalid-spec", "argument list too long."), cloche.InvalidSpec, "argument list too long."),
         (Fail("from-the-future", "x"), cloche.ProtocolError, "from-the-future: x"),
         (Fail("error", "x"), cloche.ProtocolError, "error: x"),
     ],

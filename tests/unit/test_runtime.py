@@ -652,7 +652,7 @@ async def test_every_fate_is_tested() -> None:
 
 async def test_fail_frame() -> None:
     """A script that the supervisor could not start is the error that it names."""
-    with pytest.raises(cloche.InterpreterMissing, match="No ruby here") as caught:
+    with pytest.raises(cloche.InterpreterMissing, match="no ruby here") as caught:
         await played(Play([begin()[0], Fail("interpreter-missing", "no ruby here")]))
     assert caught.value.code == "interpreter-missing"
 

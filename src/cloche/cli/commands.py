@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from cloche.backends import TABLE
 from cloche.cli.run import Options, execute
 
 
@@ -45,7 +46,7 @@ def cloche() -> None:
 )
 @click.argument("script")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARG...]")
-@click.option("--mode", metavar="MODE", help="disabled, local, docker, kubernetes or opensandbox.  [CLOCHE_MODE]")
+@click.option("--mode", metavar="MODE", help=f"{' or '.join(TABLE)}.  [CLOCHE_MODE]")
 @click.option("--workspace", metavar="DIR", help="Deliver this folder; SCRIPT is then a path inside it.")
 @click.option("--interpreter", metavar="NAME", help="Program that runs the script. Else its suffix chooses.")
 @click.option("--timeout", metavar="S", help="Seconds the script may run; also 90s, 2m.  [CLOCHE_TIMEOUT]")
