@@ -141,7 +141,11 @@ class Live:
         self._process = process
         self._first = first
         self._lasting = lasting
-        self._namespace = os.readlink(f"/proc/{first}/ns/pid")
+        self._namespace = ""
+        with contextlib.suppress(FileNotFoundError):  # it may have ended already, and everything with it
+            namespace = os.readlink(f"/proc/{first}/ns/pid")
+            # A number that came to be another's meanwhile is none of ours to look at, let alone to kill.
+            self._namespace = namespace if namespace != os.readlink("/proc/self/ns/pid") else ""
         self.got = b""
 
     @property

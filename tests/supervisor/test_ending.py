@@ -293,8 +293,10 @@ def test_slow_reader_does_not_stop_the_clock(bench: Bench) -> None:
         run = box.finish()
     assert run.end.cause == "timeout"
     assert run.end.run_us < 1.2e6
-    assert run.end.stdout_bytes == len(run.stdout) > 100_000
-    assert run.end.stderr_bytes == len(run.stderr) > 100_000
+    assert run.end.stdout_bytes == len(run.stdout) > 0
+    assert run.end.stderr_bytes == len(run.stderr) > 0
+    # The two share the room that there is for a slow reader; who comes first may fill it.
+    assert len(run.stdout) + len(run.stderr) > 300_000
 
 
 def test_live_output(bench: Bench) -> None:
