@@ -164,29 +164,24 @@ static bool tie_to(uint64_t parent, int death_signal)
 /* Waits for the child, or for the order to end it; then nothing that it started is left. Gives its exit status. */
 static int guard(pid_t child, const sigset_t *awaited)
 {
-	int status = 0, ended = 0, sig;
+	int status = 0, other = 0, sig;
+	bool ended = false;
 
 	prctl(PR_SET_NAME, "cloche-guard");
 	syscall(SYS_close_range, 0, ~0u, 0); /* the box's pipes are the box's alone */
-	while (!ended) {
-		if (sigwait(awaited, &sig) == 0 && sig != SIGCHLD)
-			break;
-		for (pid_t pid; !ended && (pid = waitpid(-1, &status, WNOHANG)) > 0;)
-			ended = pid == child;
-	}
-	if (!ended)
-		kill(child, SIGKILL); /* it may not have its session yet */
-	/* All that has not left the child's session yet; the rest has by then promised to die with its parent. */
-	for (pid_t pid;;) {
-		int other;
+	while (!ended && (sigwait(awaited, &sig) != 0 || sig == SIGCHLD)) {
+		siginfo_t info = {0};
 
-		kill(-child, SIGKILL);
-		pid = waitpid(-1, &other, 0);
-		if (pid < 0 && errno == ECHILD)
-			break;
+		/* Left unreaped: until then its number, and that of its session, belong to nobody else. */
+		ended = waitid(P_PID, (id_t)child, &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid == child;
+	}
+	/* The child, which may not have its session yet, and all that has not left its session; the rest has by then promised
+	 * to die with its parent. What is orphaned comes to us. */
+	kill(child, SIGKILL);
+	kill(-child, SIGKILL);
+	for (pid_t pid; (pid = waitpid(-1, &other, 0)) > 0 || errno == EINTR;)
 		if (pid == child)
 			status = other;
-	}
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
