@@ -38,7 +38,11 @@ def _stands_by(thing: str) -> bool:
         if kind == "process":
             return Path(f"/proc/{name.split(',')[0]}/comm").read_text().strip() in STANDBY
         if kind == "cgroup":
-            pids = Path(name, "cgroup.procs").read_text().split()
+            # A scope of systemd's has its processes in folders below its own; one of them only keeps it.
+            lists = [procs for procs in Path(name).glob("**/cgroup.procs") if procs.parent.name != "keeper"]
+            pids = [pid for procs in lists for pid in procs.read_text().split()]
+            if len(lists) > 1 and not pids:
+                return True
             return bool(pids) and all(Path(f"/proc/{pid}/comm").read_text().strip() in STANDBY for pid in pids)
     return False
 

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import anyio
 from anyio import to_thread
 
 from cloche.backends.contract import Box, Capabilities, Fate, FateKind, Leftover, Profile
-from cloche.backends.local import cgroup, client, interpreters, manifest, owners, probe
+from cloche.backends.local import cgroup, client, interpreters, manifest, owners, places, probe
 from cloche.backends.local.manifest import Layout
 from cloche.backends.local.probe import Bubblewrap
 from cloche.errors import BackendUnavailable, ClocheError
@@ -32,6 +33,8 @@ from cloche.supervisor.frames import Decoder, End, Fail, FrameError, Hardening
 log = logging.getLogger("cloche.local")
 
 TRIAL_TIMEOUT_S = 10.0
+SCOPE_POLL_S = 0.002
+"""systemd takes some 10 ms for a scope."""
 FIRST_UID = 0x7000_0000
 UIDS = 2**24
 """Host uids for the runs of a root cloche: above every range that distributions, systemd and container engines give out
@@ -113,12 +116,13 @@ class LocalBackend:
         owner: str,
         *,
         bubblewraps: Callable[[], Iterable[Bubblewrap]] = probe.candidates,
-        flavours: Callable[[], Iterable[cgroup.Flavour]] = cgroup.flavours,
+        flavours: Callable[[], Iterable[cgroup.Flavour]] | None = None,
     ) -> None:
         self._settings = settings
         self._owner_name = owner
         self._bubblewraps = bubblewraps
-        self._flavours = flavours
+        self._flavours = flavours or partial(places.flavours, owner)
+        self._places: tuple[cgroup.Flavour, ...] = ()
         self._owner: owners.Owner | None = None
         self._ground: _Ground | None = None
         self._preparing = False
@@ -151,12 +155,13 @@ class LocalBackend:
         if not found:
             raise BackendUnavailable("There is no bubblewrap on this machine.", hint="Install the bubblewrap package.")
         problem = ""
-        flavours = await to_thread.run_sync(lambda: list(self._flavours()))
-        if self._owner is None:
-            with anyio.CancelScope(shield=True):  # else what the thread has made would be known to nobody
-                self._owner = await to_thread.run_sync(self._become_owner, flavours)
+        with anyio.CancelScope(shield=True):  # else what the threads have made would be known to nobody
+            if not self._places:
+                self._places = await to_thread.run_sync(lambda: tuple(self._flavours()))
+            if self._owner is None:
+                self._owner = await to_thread.run_sync(self._become_owner)
         for bubblewrap in found:
-            for flavour in flavours:
+            for flavour in self._places:
                 layout = await to_thread.run_sync(self._layout, bubblewrap, supervisor)
                 try:
                     hardening = await self._trial(layout, flavour)
@@ -168,9 +173,9 @@ class LocalBackend:
                 return
         raise BackendUnavailable(f"No box could be made with {found[-1].name}: {problem}", hint=probe.advice())
 
-    def _become_owner(self, flavours: Sequence[cgroup.Flavour]) -> owners.Owner:
+    def _become_owner(self) -> owners.Owner:
         owner = owners.Owner(owners.state_folder(), self._owner_name)
-        for folder in {root for flavour in flavours for root in flavour.roots.values() if flavour.kind != "systemd"}:
+        for folder in {root for flavour in self._places for root in flavour.roots.values()}:
             owner.note(folder)
         return owner
 
@@ -262,7 +267,10 @@ class LocalBackend:
 
     @contextlib.asynccontextmanager
     async def _box(self, profile: Profile, layout: Layout, flavour: cgroup.Flavour) -> AsyncIterator[LocalBox]:
-        launcher = await self._take_launcher(profile, layout, flavour)
+        try:
+            launcher = await self._take_launcher(layout, flavour)
+        except OSError as exc:
+            raise BackendUnavailable(f"No box could be started: {exc}.", hint=probe.advice()) from exc
         try:
             uid = FIRST_UID + secrets.randbelow(UIDS) if os.geteuid() == 0 else None
             layout = replace(layout, cgroup=launcher.group.plan, host_uid=uid)
@@ -277,17 +285,22 @@ class LocalBackend:
 
     async def _stand_by(self) -> None:
         """Have one launcher ready for the next run. Failing is no harm: that run will try again, and say why."""
-        if self._ground is None or self._standby is not None or self._preparing:
+        ground = self._ground
+        if ground is None or self._standby is not None or self._preparing:
             return
         self._preparing = True
         try:
-            self._standby = await self._new_launcher(self._ground.layout, self._ground.flavour)
+            launcher = await self._new_launcher(ground.layout, ground.flavour)
+            if self._ground is not ground:  # closed meanwhile
+                await launcher.close()
+            else:
+                self._standby = launcher
         except OSError as exc:
             log.info("no launcher stands by: %s", exc)
         finally:
             self._preparing = False
 
-    async def _take_launcher(self, profile: Profile, layout: Layout, flavour: cgroup.Flavour) -> _Launcher:
+    async def _take_launcher(self, layout: Layout, flavour: cgroup.Flavour) -> _Launcher:
         """The one that stands by, else a new one."""
         standby, self._standby = self._standby, None
         if standby is not None and standby.process.alive:
@@ -295,30 +308,47 @@ class LocalBackend:
         if standby is not None:
             with anyio.CancelScope(shield=True):
                 await standby.close()
-        if flavour.kind == "systemd":
-            group = cgroup.scope(flavour, profile)
-            return _Launcher(client.BoxProcess(_launcher_vector(layout, group), dict(os.environ)), group)
-        launcher = await self._new_launcher(layout, flavour)
-        assert launcher is not None
-        return launcher
+        return await self._new_launcher(layout, flavour)
 
-    async def _new_launcher(self, layout: Layout, flavour: cgroup.Flavour) -> _Launcher | None:
-        """A launcher in a cgroup of its own, standing by. None where the cgroup needs to know the run first.
+    async def _new_launcher(self, layout: Layout, flavour: cgroup.Flavour) -> _Launcher:
+        """A launcher in a cgroup of its own, standing by.
 
         Raises:
-            OSError: the kernel refused cgroup or process.
+            OSError: kernel or systemd refused cgroup or process.
         """
-        if flavour.kind == "systemd":
-            return None
         group = cgroup.NO_CGROUP
         if flavour.kind != "none":
             with anyio.CancelScope(shield=True):  # else what the thread has made would be known to nobody
                 group = await to_thread.run_sync(cgroup.create, flavour, self._owner_name)
         try:
-            return _Launcher(client.BoxProcess(_launcher_vector(layout, group), {}), group)
+            # systemd-run has to find systemd; bubblewrap clears the environment for the box.
+            env = places.manager_environment() if group.plan.prefix else {}
+            launcher = _Launcher(client.BoxProcess(_launcher_vector(layout, group), env), group)
         except OSError:
             await to_thread.run_sync(cgroup.remove, group.folders)
             raise
+        if group.plan.prefix:
+            await self._until_scoped(launcher)
+        return launcher
+
+    @staticmethod
+    async def _until_scoped(launcher: _Launcher) -> None:
+        """Wait until systemd has made the scope. Killed before that, the launcher would leave an empty scope behind.
+
+        Raises:
+            OSError: systemd refused it, or did not answer.
+        """
+        with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(places.ANSWER_TIMEOUT_S):
+                while launcher.process.alive and not launcher.group.is_there:  # noqa: ASYNC110 - systemd tells nobody
+                    await anyio.sleep(SCOPE_POLL_S)
+            if launcher.group.is_there:
+                return
+            launcher.process.kill()
+            reason = await launcher.process.message()
+            await to_thread.run_sync(places.stop_scopes, [folder.parent for folder in launcher.group.folders])
+            await launcher.close()
+        raise OSError(f"systemd made no scope for the box: {reason or 'it did not answer'}")
 
     async def sweep(self) -> Sequence[Leftover]:
         """Remove what dead owners left: cgroups, and the processes in them."""
@@ -330,6 +360,9 @@ class LocalBackend:
         if self._standby is not None:
             await self._standby.close()
             self._standby = None
+        for flavour in self._places:
+            await to_thread.run_sync(flavour.close)
+        self._places = ()
         if self._owner is not None:
             self._owner.close()
             self._owner = None
@@ -353,6 +386,7 @@ def _sweep() -> list[Leftover]:
     for owner, roots in owners.dead(owners.state_folder()):
         for root in roots:
             folders = list(root.glob(f"{cgroup.name_prefix(owner)}*"))
+            places.stop_scopes(folders)
             left = set(cgroup.remove(folders))
             swept += [
                 Leftover("cgroup", str(f), removed=f not in left, reason=f"owner {owner} is dead") for f in folders

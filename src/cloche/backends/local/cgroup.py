@@ -1,8 +1,6 @@
-"""Where the cgroup of a box can be made on this machine, and its life.
+"""The cgroup of one box, from its making to its removal. Where it can be made is found by ``places``.
 
-Three ways, tried in this order: cgroup v2 in a folder that was delegated to us, cgroup v1 controllers, and a scope of the
-user's systemd. Without any, the supervisor watches the box itself and the posture says so. All functions here block for a
-moment; call them in a worker thread.
+All functions here block for a moment; call them in a worker thread.
 """
 
 from __future__ import annotations
@@ -11,11 +9,10 @@ import contextlib
 import os
 import re
 import secrets
-import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +22,14 @@ from cloche.backends.local.manifest import Bind, CgroupPlan, memory_limit_bytes
 CPU_PERIOD_US = 100_000
 """The kernel's default period for CPU bandwidth (Documentation/scheduler/sched-bwc.rst)."""
 MONITOR_PIDS = 1
-"""bubblewrap's outer process lives in the box's cgroup too; in a scope the launcher's guardian as well."""
+"""bubblewrap's outer process lives in the box's cgroup too."""
 REMOVE_TIMEOUT_S = 5.0
+
+# What makes a folder of a delegated scope ready for boxes. The processes of the scope have to leave its own folder first:
+# a cgroup with processes passes no controllers on (Documentation/admin-guide/cgroup-v2.rst, "no internal process").
+SCOPE_SCRIPT = """\
+cd "$0" && mkdir guard box && echo 0 >guard/cgroup.procs && echo "$1" >cgroup.subtree_control && shift && exec "$@"
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +37,22 @@ class Flavour:
     """A way to bound a box here. ``roots`` maps a controller to the folder in which a box's own folder can be made."""
 
     kind: str
-    """``v2``, ``v1``, ``systemd`` or ``none``."""
+    """``v2``, ``v1``, ``systemd`` (each box in a scope of its own) or ``none``."""
     roots: Mapping[str, Path] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
+    """How a scope is made, up to its name."""
+    keeper: subprocess.Popen[bytes] | None = None
+    """A process of ours without which the root would not exist; it ends when its stdin does, so with us at the latest."""
 
     @property
     def controllers(self) -> frozenset[str]:
         """Which of memory, pids, cpu are bounded by it."""
-        return frozenset({"memory", "pids", "cpu"} if self.kind == "systemd" else self.roots)
+        return frozenset(self.roots)
+
+    def close(self) -> None:
+        """Let the root go. All boxes are gone by then."""
+        if self.keeper is not None:
+            self.keeper.communicate()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,11 @@ class Cgroup:
     """What is to be removed; empty where a service manager does that."""
     counters: Path | None = None
     """The folder with the memory counters."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether limits can be written into it."""
+        return self.counters is not None and (self.counters / "memory.max").exists()
 
     def oom_kills(self) -> int:
         """Processes of the box that the kernel killed for want of memory."""
@@ -68,38 +85,20 @@ class Cgroup:
 NO_CGROUP = Cgroup(plan=CgroupPlan())
 
 
-def flavours() -> Iterator[Flavour]:
-    """The ways that look possible here, best first; whether one works is shown by a real box."""
-    mounts = _mounts(Path("/proc/self/mountinfo").read_text())
-    own = _own_paths(Path("/proc/self/cgroup").read_text())
-    unified = _unified(mounts, own)
-    if unified is not None:
-        yield unified
-    legacy = {
-        controller: folder
-        for controller in ("memory", "pids", "cpu")
-        if (folder := _legacy_folder(controller, mounts, own)) is not None
-    }
-    if {"memory", "pids"} <= legacy.keys():
-        yield Flavour("v1", legacy)
-    scope = _systemd_scope(mounts)
-    if scope is not None:
-        yield scope
-    yield Flavour("none")
-
-
 def name_prefix(owner: str) -> str:
     """How the names of all cgroups of an owner begin."""
     return f"cloche-{owner}."
 
 
 def create(flavour: Flavour, owner: str) -> Cgroup:
-    """Make a box's cgroup, still without limits. For ``v1`` and ``v2``; a scope is made with its limits, by :func:`scope`.
+    """Make a box's cgroup, still without limits. A scope is made only when its plan's prefix is run.
 
     Raises:
         OSError: the kernel refused it.
     """
     name = f"{name_prefix(owner)}{secrets.token_hex(6)}"
+    if flavour.kind == "systemd":
+        return _scope(flavour, name)
     made: list[Path] = []
     try:
         for folder in dict.fromkeys(root / name for root in flavour.roots.values()):
@@ -114,12 +113,14 @@ def create(flavour: Flavour, owner: str) -> Cgroup:
     return Cgroup(CgroupPlan(procs=procs, bounded=True, shown=(shown,)), tuple(made), memory)
 
 
-def scope(flavour: Flavour, profile: Profile) -> Cgroup:
-    """A scope of the user's systemd, which makes it, bounds it and removes it."""
-    name = f"{name_prefix(profile.owner)}{profile.run_id}"
-    folder = flavour.roots["scope"] / f"{name}.scope"
-    plan = CgroupPlan(bounded=True, shown=(Bind(str(folder), "/sys/fs/cgroup"),), prefix=_scope_command(profile, name))
-    return Cgroup(plan, (), folder)
+def _scope(flavour: Flavour, name: str) -> Cgroup:
+    """A scope that systemd makes, delegates and removes; in it a folder for the box and one for the launcher's guardian."""
+    folder = flavour.roots["memory"] / f"{name}.scope"
+    enabled = " ".join(f"+{controller}" for controller in flavour.roots)
+    prefix = (*flavour.prefix, f"--unit={name}.scope", "--", "/bin/sh", "-c", SCOPE_SCRIPT, str(folder), enabled)
+    box = folder / "box"
+    plan = CgroupPlan((f"{box}/cgroup.procs",), bounded=True, shown=(Bind(str(box), "/sys/fs/cgroup"),), prefix=prefix)
+    return Cgroup(plan, (box,), box)
 
 
 def limit(flavour: Flavour, cgroup: Cgroup, profile: Profile) -> None:
@@ -130,13 +131,15 @@ def limit(flavour: Flavour, cgroup: Cgroup, profile: Profile) -> None:
     """
     limits, memory = profile.limits, str(memory_limit_bytes(profile))
     pids, quota = str(limits.pids + MONITOR_PIDS), str(max(1000, round(limits.cpus * CPU_PERIOD_US)))
+    unified = {
+        "memory.max": memory,
+        "memory.swap.max?": "0",
+        "pids.max": pids,
+        "cpu.max?": f"{quota} {CPU_PERIOD_US}",
+    }
     wanted: dict[str, dict[str, str]] = {
-        "v2": {
-            "memory.max": memory,
-            "memory.swap.max?": "0",
-            "pids.max": pids,
-            "cpu.max?": f"{quota} {CPU_PERIOD_US}",
-        },
+        "v2": unified,
+        "systemd": unified,
         "v1": {
             "memory.limit_in_bytes": memory,
             "memory.memsw.limit_in_bytes?": memory,
@@ -175,6 +178,9 @@ def _try_remove(folder: Path) -> bool:
         return True
     except OSError:
         _kill_all(folder)
+        for below in folder.glob("*/"):  # of a scope; a box can make none
+            with contextlib.suppress(OSError):
+                below.rmdir()
         return False
     return True
 
@@ -187,90 +193,3 @@ def _kill_all(folder: Path) -> None:
         for pid in (folder / "cgroup.procs").read_text().split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
-
-
-def _scope_command(profile: Profile, name: str) -> tuple[str, ...]:
-    limits = profile.limits
-    properties = (
-        f"MemoryMax={memory_limit_bytes(profile)}",
-        "MemorySwapMax=0",
-        f"TasksMax={limits.pids + MONITOR_PIDS + 1}",
-        f"CPUQuota={max(1, round(limits.cpus * 100))}%",
-        f"RuntimeMaxSec={max(1, round(profile.expires_at - time.time()))}",
-    )
-    systemd_run = shutil.which("systemd-run") or "systemd-run"
-    options = ("--user", "--scope", "--quiet", "--collect", "--slice=app.slice", f"--unit={name}")
-    return (systemd_run, *options, *(f"--property={p}" for p in properties), "--")
-
-
-def _mounts(mountinfo: str) -> dict[str, tuple[Path, str]]:
-    """Mount point and root of each cgroup hierarchy: key ``""`` for v2, else the controller's name."""
-    found: dict[str, tuple[Path, str]] = {}
-    for line in mountinfo.splitlines():
-        left, _, right = line.partition(" - ")
-        kind, _, options = [*right.split(), "", "", ""][:3]
-        root, point = left.split()[3:5]
-        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), point)
-        if kind == "cgroup2":
-            found.setdefault("", (Path(point), root))
-        elif kind == "cgroup":
-            for option in options.split(","):
-                found.setdefault(option, (Path(point), root))
-    return found
-
-
-def _own_paths(cgroup: str) -> dict[str, str]:
-    """Our own path in each hierarchy, by the same keys."""
-    found: dict[str, str] = {}
-    for line in cgroup.splitlines():
-        _, controllers, path = line.split(":", 2)
-        for controller in controllers.split(","):
-            found[controller] = path
-    return found
-
-
-def _folder(point: Path, root: str, own: str) -> Path:
-    """Our own folder below a mount point whose root may itself be a cgroup (a container's)."""
-    inside = own if root == "/" else own.removeprefix(root)
-    folder = point / inside.lstrip("/")
-    return folder if folder.is_dir() else point
-
-
-def _unified(mounts: dict[str, tuple[Path, str]], own: dict[str, str]) -> Flavour | None:
-    """The nearest folder above us (or ours) that is writable and passes memory and pids on to its children."""
-    if "" not in mounts or "" not in own:
-        return None
-    point, root = mounts[""]
-    folder = _folder(point, root, own[""])
-    for candidate in (folder, *folder.parents):
-        if not candidate.is_relative_to(point):
-            break
-        if not os.access(candidate, os.W_OK) or not os.access(candidate / "cgroup.procs", os.W_OK):
-            continue
-        passed = set((candidate / "cgroup.subtree_control").read_text().split())
-        if {"memory", "pids"} <= passed:
-            return Flavour("v2", {name: candidate for name in ("memory", "pids", "cpu") if name in passed})
-    return None
-
-
-def _legacy_folder(controller: str, mounts: dict[str, tuple[Path, str]], own: dict[str, str]) -> Path | None:
-    if controller not in mounts or controller not in own:
-        return None
-    folder = _folder(*mounts[controller], own[controller])
-    return folder if os.access(folder, os.W_OK) else None
-
-
-def _systemd_scope(mounts: dict[str, tuple[Path, str]]) -> Flavour | None:
-    """The user's systemd, if it answers and was given the controllers."""
-    if "" not in mounts or os.geteuid() == 0 or shutil.which("systemd-run") is None:
-        return None
-    try:
-        command = ["systemctl", "--user", "show", "--property=ControlGroup", "--value"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
-        return None
-    folder = mounts[""][0] / answer.stdout.strip().lstrip("/")
-    with contextlib.suppress(OSError):
-        if {"memory", "pids"} <= set((folder / "cgroup.subtree_control").read_text().split()):
-            return Flavour("systemd", {"scope": folder / "app.slice"})
-    return None

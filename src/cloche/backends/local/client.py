@@ -128,6 +128,10 @@ class BoxProcess:
             text += part
         return text.decode("utf-8", "replace").strip()
 
+    def kill(self) -> None:
+        """Kill what has not become a guardian yet."""
+        self._process.kill()
+
     async def close(self) -> None:
         """Kill whatever still runs and wait until it is gone. Shielded by the caller."""
         if self._process.poll() is None:
