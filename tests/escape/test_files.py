@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import os
 import secrets
 import sys
@@ -157,6 +159,78 @@ async def test_host_processes(sandbox: cloche.Sandbox, target: Target) -> None:
             assert other.returncode is None
         finally:
             other.kill()
+
+
+IPC_CREATE = 0o1666
+"""IPC_CREAT (linux/ipc.h), for everybody to read and write."""
+KEYS = itertools.count(0x43_0000 + os.getpid() % 0x1_0000 * 0x10)
+
+
+@pytest.fixture
+def host_ipc() -> Iterator[tuple[int, str]]:
+    """Shared memory, semaphores and queues that every user of the host may use: the key of the first three, a name."""
+    libc, key = ctypes.CDLL(None), next(KEYS)
+    name = f"/of-the-host-{key:x}"
+    made = [libc.shmget(key, 4096, IPC_CREATE), libc.semget(key, 1, IPC_CREATE), libc.msgget(key, IPC_CREATE)]
+    queue = libc.mq_open(name.encode(), os.O_CREAT | os.O_RDWR, 0o666, None)
+    try:
+        assert min(*made, queue) >= 0, "the host has none of these"
+        yield key, name
+    finally:
+        libc.shmctl(made[0], 0, None)
+        libc.semctl(made[1], 0, 0)
+        libc.msgctl(made[2], 0, None)
+        libc.mq_unlink(name.encode())
+        os.close(queue)
+
+
+async def test_host_ipc(sandbox: cloche.Sandbox, host_ipc: tuple[int, str]) -> None:
+    """What processes of the host share without files is not there, open to everybody as it is, nor listed; and what a
+    script makes of the kind is gone with its box. Guard: an IPC namespace.
+    """
+    key, name = host_ipc
+    own, libc = next(KEYS), ctypes.CDLL(None)
+    setup = f"""
+def ipc(name, *args):
+    ctypes.set_errno(0)
+    result = getattr(LIBC, name)(*args)
+    if result == -1:
+        raise OSError(ctypes.get_errno(), name)
+    return "%s %d" % (name, result)
+for name, *args in (("shmget", {own}, 4096, {IPC_CREATE}), ("semget", {own}, 1, {IPC_CREATE}), ("msgget", {own}, {IPC_CREATE}),
+                    ("mq_open", b"{name}-own", os.O_CREAT | os.O_RDWR, 0o666, None)):
+    print(name, quietly(ipc, name, *args))
+"""
+    attempts = {
+        "shared memory": f"ipc('shmget', {key}, 0, 0)",
+        "semaphores": f"ipc('semget', {key}, 0, 0)",
+        "a queue of messages": f"ipc('msgget', {key}, 0)",
+        "a queue by its name": f"ipc('mq_open', {name.encode()!r}, os.O_RDONLY)",
+        **{
+            f"a list: {kind}": f"[n for n in open('/proc/sysvipc/{kind}').read().split() if n == '{key}']"
+            for kind in ("shm", "sem", "msg")
+        },
+    }
+    result = await attack(sandbox, attempts, setup=setup)
+    assert "msgget msgget" in result.stdout, "the script made none itself"
+    assert libc.shmget(own, 0, 0) == libc.semget(own, 0, 0) == libc.msgget(own, 0) == -1
+    assert libc.mq_open(f"{name}-own".encode(), os.O_RDONLY) == -1
+    for kind in ("shm", "sem", "msg"):
+        assert str(key) in Path("/proc/sysvipc", kind).read_text().split()
+
+
+async def test_host_names(sandbox: cloche.Sandbox) -> None:
+    """Neither the host's name nor the box's place among its control groups is told. Guards: UTS and cgroup namespaces."""
+    attempts = {
+        "the host's name": f"os.uname().nodename == {os.uname().nodename!r}",
+        "the same in /proc": f"read('/proc/sys/kernel/hostname', 256).decode().strip() == {os.uname().nodename!r}",
+    }
+    if sandbox.mode == "local":  # container engines show the place where the host has cgroup v1
+        attempts |= {
+            f"control groups of {pid}": f"[line for line in open('/proc/{pid}/cgroup') if not line.endswith(':/\\n')]"
+            for pid in ("self", 1)
+        }
+    await attack(sandbox, attempts)
 
 
 async def test_writing_outside(sandbox: cloche.Sandbox, tmp_path: Path) -> None:

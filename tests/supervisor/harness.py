@@ -342,11 +342,13 @@ class Bench:
         capabilities: str = "ALL",
         first: bool = False,
         named: bool = True,
+        groups: Sequence[int] = (),
     ) -> Iterator[Live]:
         """The supervisor as root, the script of another uid, as where an engine has an init of its own.
 
         That init outlives the supervisor, so what the supervisor does not kill itself stays alive, and is seen. With
         ``first`` there is none, as in a container that starts as root. ``named``: whether it is told the script's uid.
+        ``groups``: those that the supervisor was started with beside its own.
         """
         if os.geteuid() != 0:
             pytest.skip("only root can give the script a uid of its own")
@@ -359,6 +361,8 @@ class Bench:
             box += ["--perms", "1777", "--size", str(SIZE), "--tmpfs", path]
         user = ["--script-uid", str(uid), "--script-gid", str(gid)] if named else []
         prefix = () if first else ("sh", "-c", LASTING_INIT, "init")
+        if groups:
+            prefix = ("setpriv", "--groups", ",".join(map(str, groups)), *prefix)
         with self._started(_Start(box, [*user, *options], None, lasting=not first, prefix=prefix)) as live:
             yield live
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests.supervisor.harness import ENV, PYTHON, Bench, Run, bundle, fresh_uid
 
 from cloche.spec import Limits
 from cloche.supervisor.bundle import File
-from cloche.supervisor.frames import Hardening
+from cloche.supervisor.frames import Data, Decoder, Hardening
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give the script a uid of its own")
 
@@ -63,7 +64,7 @@ print(json.dumps([os.getresuid(), os.getresgid(), os.getgroups(), status]))
 open("/output/mine", "w").write("x")
 """
     uid, gid = fresh_uid(), fresh_uid()
-    with bench.beside(ids=(uid, gid), first=first) as box:
+    with bench.beside(ids=(uid, gid), first=first, groups=(fresh_uid(), 0)) as box:
         box.feed(bundle([PYTHON, "-I", "-S", "-c", code]))
         run = box.finish()
     assert run.stderr == b""
@@ -74,6 +75,36 @@ open("/output/mine", "w").write("x")
     assert Hardening.OWN_UID in run.end.hardening
     assert (Hardening.PID_1 in run.end.hardening) is first is (run.hello.pid == 1)
     assert run.files["mine"].data == b"x"
+
+
+BARE_CONTAINER = """
+set -e
+mount -t tmpfs none "$1"
+cd "$1"
+mkdir usr proc dev tmp
+mount --rbind /usr usr
+mount -t proc proc proc
+for name in bin lib lib64; do if [ -L "/$name" ]; then cp -d "/$name" "$name"; fi; done
+touch dev/null supervisor
+mount --bind /dev/null dev/null
+mount --bind "$2" supervisor
+shift 2
+exec chroot . /supervisor run "$@"
+"""
+"""What an engine does at the least: a root of its own and PID 1, and no no_new_privs, which bubblewrap always sets."""
+
+
+def test_no_new_privs(shipped: Bench, folder: Path) -> None:
+    """Where no engine has set no_new_privs, the supervisor does."""
+    root = folder / "bare-container"
+    root.mkdir()
+    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", BARE_CONTAINER, "container"]
+    command += [str(root), str(shipped.build.path), "--script-uid", str(fresh_uid()), "--script-gid", str(fresh_uid())]
+    given = bundle(["grep", "-h", "NoNewPrivs", "/proc/1/status", "/proc/self/status"])
+    done = subprocess.run(command, input=given, capture_output=True, timeout=20, check=False)
+    frames = list(Decoder().feed(done.stdout))
+    told = b"".join(frame.data for frame in frames if isinstance(frame, Data))
+    assert told == b"NoNewPrivs:\t0\nNoNewPrivs:\t1\n", (frames, done.stderr)
 
 
 @pytest.mark.parametrize("capabilities", ["ALL", WITHOUT_KILL])

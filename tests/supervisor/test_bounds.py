@@ -33,14 +33,14 @@ def test_hardening_is_true(bench: Bench) -> None:
     """Every protection that the last frame claims is there, as the kernel tells the script itself."""
     code = """
 import json, os
-status = dict(line.rstrip("\\n").split(":\\t", 1) for line in open("/proc/self/status") if ":\\t" in line)
+def status_of(pid): return dict(line.rstrip("\\n").split(":\\t", 1) for line in open(f"/proc/{pid}/status") if ":\\t" in line)
 limits = {line[:26].strip(): line[26:].split()[:2] for line in open("/proc/self/limits")}
 mounts = [line.split() for line in open("/proc/self/mountinfo")]
 def refused(attempt):
     try: attempt()
     except OSError as e: return True
 print(json.dumps({
-    "status": status, "limits": limits,
+    "status": status_of("self"), "supervisor": status_of(1), "limits": limits,
     "sealed": any(m[4] == "/workspace" and "ro" in m[5].split(",") for m in mounts),
     "files": [os.statvfs(p).f_files for p in ("/output", "/tmp", "/dev/shm")],
     "writes": refused(lambda: open("/workspace/x", "w")),
@@ -67,6 +67,8 @@ print(json.dumps({
     assert status["Seccomp"] == "2"
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
         assert int(status[name], 16) == 0, name
+        # Its own too, which it needed to seal: whoever got into it, with the script's uid, would have gained nothing.
+        assert int(said["supervisor"][name], 16) == 0, name
     for held in (
         "PID_1",
         "NO_NEW_PRIVS",

@@ -318,6 +318,7 @@ def test_a_supervisor_of_another_number(folder: Path, arch: str, supervisor: int
     assert its.call("kill", 1, 15) == "allowed"
     assert its.call("fcntl", 3, 8, supervisor) == "EPERM"
     assert its.call("fcntl", 3, 8, -supervisor) == "EPERM"
+    assert its.call("fcntl", 3, 8, -1) == "EPERM"
 
 
 def test_sockets_unix_only(folder: Path, arch: str) -> None:
