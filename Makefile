@@ -14,7 +14,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.14 python3.12 py
 C_SOURCES := $(wildcard src/cloche/supervisor/c/*.[ch])
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types imports docs bench supervisor supervisor-all sanitize wheel wheel-check clean
+.PHONY: help setup demo test lint format types imports docs bench supervisor supervisor-all sanitize engines-vm wheel wheel-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench: setup ## measure cloche against plain bubblewrap and the bare program
 
 sanitize: setup ## the supervisor's own tests under sanitizers, and its fuzzer for a while
 	PYTHON=$(BIN)/python tests/supervisor/run-sanitizers
+
+engines-vm: setup ## prove the local backend in a virtual machine (needs root, qemu, debootstrap); VM_ARGS="--scene user-login"
+	$(BIN)/python -m tests.engines.vm $(VM_ARGS)
 
 wheel: $(VENV)/.ready ## build sdist and wheel for publishing, with both architectures, into dist/
 	rm -rf dist

@@ -22,7 +22,7 @@ import select
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cloche.backends.local.cgroup import Flavour, name_prefix
 
@@ -93,8 +93,11 @@ def read_own_paths(cgroup: str) -> dict[str, str]:
 
 def inside(point: Path, root: str, own: str) -> Path:
     """Our own folder below a mount point whose root may itself be a cgroup (a container's)."""
-    below = own if root == "/" else own.removeprefix(root)
-    folder = point / below.lstrip("/")
+    path = PurePosixPath(own)
+    # A path with ".." is outside of our cgroup namespace.
+    if not path.is_relative_to(root) or ".." in path.parts:
+        return point
+    folder = point / path.relative_to(root)
     return folder if folder.is_dir() else point
 
 
