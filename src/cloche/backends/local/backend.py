@@ -92,10 +92,12 @@ class LocalBox:
 
     async def fate(self) -> Fate:
         """From the cgroup's own counter and bubblewrap's end."""
+        # At once, since a scope takes its counter with it when its last process is gone; and when all is over.
+        kills = await to_thread.run_sync(self._group.oom_kills)
         status = None
         with anyio.move_on_after(client.GONE_TIMEOUT_S):
             status = await self._process.wait()
-        if await to_thread.run_sync(self._group.oom_kills) > 0:
+        if kills + await to_thread.run_sync(self._group.oom_kills) > 0:
             return Fate(FateKind.OOM_KILLED, "The box ran out of memory.")
         message = await self._process.message() if status is not None else ""
         if not self._answered:
