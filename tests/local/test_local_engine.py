@@ -76,6 +76,33 @@ async def test_without_a_cgroup_children_are_watched_too() -> None:
     assert result.outcome is Outcome.OUT_OF_MEMORY
 
 
+async def test_the_cgroup_holds_what_was_asked_for() -> None:
+    """Where a cgroup bounds a box, memory and CPU time are those of the spec, and swap adds nothing to the memory."""
+    hog = """
+for name in ("memory/memory.memsw.limit_in_bytes", "memory.swap.max"):
+    try: print("more", int(open("/sys/fs/cgroup/" + name).read()))
+    except FileNotFoundError: pass
+data = []
+while True:
+    data.append(bytearray(1 << 20))
+    print(len(data), flush=True)
+"""
+    async with sandbox() as box:
+        held = {g.name: g for g in (await box.posture()).guarantees}
+        if "cgroup" not in held["memory-limit"].evidence:
+            pytest.skip("no cgroup can be made here")
+        result = await box.run(Spec(content=hog, name="hog.py", memory=64 * 2**20, timeout=30))
+        lines = result.stdout.splitlines()
+        # Beside the script's memory there is what cloche itself puts into the box, some 9 MiB, and it may use them.
+        assert result.outcome is Outcome.OUT_OF_MEMORY
+        assert 40 <= int(lines[-1]) <= 76, lines[-1]
+        assert all(int(line.split()[1]) <= 76 * 2**20 for line in lines if line.startswith("more"))
+        if held["cpu-limit"].state is State.IN_FORCE:
+            result = await box.run(Spec(content="while True: pass", name="busy.py", cpus=0.2, timeout=2))
+            assert result.outcome is Outcome.TIMED_OUT
+            assert 0 < result.usage.cpu_ms < 2000 * 0.2 * 1.5, result.usage
+
+
 async def test_without_a_cgroup_processes_are_bounded() -> None:
     """Without a cgroup the kernel's own count for the box bounds its processes."""
     async with sandbox(flavours=no_cgroup) as box:
@@ -205,11 +232,12 @@ async def test_each_run_of_root_has_a_host_uid_of_its_own() -> None:
     seen: list[set[int]] = []
 
     async def look(box: Sandbox) -> None:
-        while len(seen) == 0:
-            uids = {uid for name, uid in box_processes() if name == "python3"}
-            if len(uids) == 2:
-                seen.append(uids)
-            await anyio.sleep(0.02)
+        with anyio.move_on_after(20):
+            while len(seen) == 0:
+                uids = {uid for name, uid in box_processes() if name == "python3"}
+                if len(uids) == 2:
+                    seen.append(uids)
+                await anyio.sleep(0.02)
 
     def box_processes() -> Iterator[tuple[str, int]]:
         for entry in os.scandir("/proc"):
@@ -222,6 +250,7 @@ async def test_each_run_of_root_has_a_host_uid_of_its_own() -> None:
         group.start_soon(look, box)
         for _ in range(2):
             group.start_soon(box.run, Spec(content=script, name="same.py"))
+    assert seen, "two boxes with uids of their own were never seen at once"
     (uids,) = seen
     assert all(uid >= 0x7000_0000 for uid in uids)
 

@@ -126,6 +126,43 @@ print("all right")
     ]
 
 
+NEIGHBOUR = f"""
+{PYTHON} -I -S -c 'import socket, time; s = socket.socket(1); s.bind("\\0outside"); s.listen(); time.sleep(100)' >&- 2>&- &
+exec "$@"
+"""
+
+
+def test_landlock_scopes_are_true(bench: Bench) -> None:
+    """Where the scopes are claimed, a script reaches no process beside its own, of its uid as that is: no signal, no
+    abstract socket.
+    """
+    code = """
+import os, signal, socket, time
+pid = next(int(p) for p in os.listdir("/proc") if p.isdigit() and b"outside" in open(f"/proc/{p}/cmdline", "rb").read())
+def attempt(name, f):
+    try: f(); print(name, "gained")
+    except OSError as e: print(name, e.errno)
+for _ in range(500):
+    if "@outside" in open("/proc/net/unix").read(): break
+    time.sleep(0.01)
+else: print("nobody listens")
+attempt("connect", lambda: socket.socket(socket.AF_UNIX).connect("\\0outside"))
+attempt("signal", lambda: os.kill(pid, signal.SIGUSR1))
+attempt("probe", lambda: os.kill(pid, 0))
+s = socket.socket(socket.AF_UNIX); s.bind("\\0mine"); s.listen(); socket.socket(socket.AF_UNIX).connect("\\0mine")
+if (child := os.fork()) == 0: time.sleep(100)
+os.kill(child, 9)
+print("all right")
+"""
+    # Through stdin, so that the neighbour alone has its word in its command line.
+    with bench.box(prefix=["sh", "-c", NEIGHBOUR, "engine"]) as box:
+        box.feed(bundle([PYTHON, "-I", "-"], stdin=code.encode()))
+        run = box.finish()
+    if Hardening.LANDLOCK_SIGNALS not in run.end.hardening:
+        pytest.skip("this kernel's Landlock has no scopes")
+    assert run.stdout.decode().splitlines() == ["connect 1", "signal 1", "probe 1", "all right"], run.stderr
+
+
 def test_memory_watch_sums_the_processes(bench: Bench) -> None:
     """Several processes that are too large together are ended, whoever of them it is, and the cause is memory."""
     argv = [PYTHON, "-I", "-S", "-c", HOG, "5", str(30 * MIB)]
