@@ -125,18 +125,22 @@ def harmful():
 
 
 async def test_host_environment(sandbox: cloche.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the client's environment is in the box, in no process's environment. Guard: a cleared environment."""
+    """Nothing of the client's environment is in the box, in no process's environment.
+
+    Guards: a cleared environment, for bubblewrap and by it; the script's is exact; the supervisor's cannot be read.
+    """
     word = f"secret{secrets.token_hex(8)}"
     monkeypatch.setenv("OF_THE_HOST", word)
-    await attack(
-        sandbox,
-        {
-            "mine": f"[n for n, v in os.environ.items() if {word!r} in v or n == 'OF_THE_HOST']",
-            "at start": f"{word!r}.encode() in open('/proc/self/environ', 'rb').read()",
-            "of others": f"[p for p in os.listdir('/proc') if p.isdigit() and {word!r}.encode() in"
-            " (quietly(read, '/proc/%s/environ' % p, 2**17) or b'')]",
-        },
-    )
+    for _ in range(2):  # a part of the first box may have been started before the variable was there
+        await attack(
+            sandbox,
+            {
+                "mine": f"[n for n, v in os.environ.items() if {word!r} in v or n == 'OF_THE_HOST']",
+                "at start": f"{word!r}.encode() in open('/proc/self/environ', 'rb').read()",
+                "of others": f"[p for p in os.listdir('/proc') if p.isdigit() and {word!r}.encode() in"
+                " (quietly(read, '/proc/%s/environ' % p, 2**17) or b'')]",
+            },
+        )
 
 
 async def test_host_processes(sandbox: cloche.Sandbox, target: Target) -> None:

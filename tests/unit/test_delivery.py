@@ -147,6 +147,17 @@ def test_links_that_leave_through_another(folder: Path) -> None:
         delivered(script="main.py", workspace=folder)
 
 
+def test_links_that_leave_word_by_word(folder: Path) -> None:
+    """A link that leaves word by word, and stays inside only when the links in it are followed, is refused by its name: the
+    supervisor's reader would refuse it too, without a hint.
+    """
+    (folder / "down").symlink_to("lib/deep")
+    (folder / "odd").symlink_to("down/../../main.py")
+    assert (folder / "odd").resolve() == (folder / "main.py").resolve()
+    with pytest.raises(cloche.InvalidSpec, match="'odd'"):
+        delivered(script="main.py", workspace=folder)
+
+
 def test_links_that_lead_nowhere(folder: Path) -> None:
     """A link to nothing, or in a circle, harms nobody, and is delivered."""
     (folder / "circle").symlink_to("circle")
@@ -331,7 +342,7 @@ def test_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_race(tmp_path: Path) -> None:
-    """A folder that is exchanged for a link between listing and opening is not followed."""
+    """A folder or file that is exchanged for a link or a fifo between listing and opening is neither followed nor read."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").symlink_to("/etc")
     with module._Place(str(tmp_path), os.open(tmp_path, os.O_RDONLY)) as place:
@@ -340,6 +351,9 @@ def test_race(tmp_path: Path) -> None:
         (tmp_path / "c").symlink_to("/etc/passwd")
         with pytest.raises(OSError, match="symbolic"):
             place.open("c")
+        os.mkfifo(tmp_path / "d")
+        with pytest.raises(OSError, match="changed while it was read"):
+            module._file(place, "d", "d", Budget(100))
 
 
 def test_no_descriptor_is_left(folder: Path) -> None:
