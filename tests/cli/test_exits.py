@@ -137,7 +137,7 @@ def test_posture(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stderr.getvalue().splitlines() == [
         "cloche: mode local (bubblewrap 0.12), isolation namespace",
         "cloche:   + network: a namespace of its own",
-        "cloche:   - memory-limit: no cgroup Delegate one.",
+        "cloche:   - memory-limit: no cgroup. Delegate one.",
     ]
 
 
