@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 import signal
 import subprocess
@@ -100,6 +101,7 @@ while True:
         if held["cpu-limit"].state is State.IN_FORCE:
             result = await box.run(Spec(content="while True: pass", name="busy.py", cpus=0.2, timeout=2))
             assert result.outcome is Outcome.TIMED_OUT
+            assert result.usage.cpu_ms is not None
             assert 0 < result.usage.cpu_ms < 2000 * 0.2 * 1.5, result.usage
 
 
@@ -306,3 +308,26 @@ async def test_what_a_killed_client_left_goes_at_the_next_open() -> None:
             client.communicate()
     async with sandbox():
         pass  # sweeps what the second one left
+
+
+def test_a_parent_that_ignores_its_children_does_no_harm() -> None:
+    """Started by a program that ignores SIGCHLD, as some daemons do, a run still ends, and so does its box."""
+    code = (
+        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "import cloche; print(cloche.run(content='print(1)', name='one.py', timeout=10).stdout)"
+    )
+    environ = {**os.environ, "CLOCHE_MODE": "local"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (0, b"1\n\n"), done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's namespace is what every box has")
+def test_root_of_a_user_namespace_can_run() -> None:
+    """Root in a user namespace, as in a rootless container, has no other uids to give away, and runs as what it is."""
+    command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-m", "cloche", "run", "--json", "-"]
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "one.sh")
+        script.write_text("id -u")
+        environ = {**os.environ, "CLOCHE_MODE": "local", "XDG_RUNTIME_DIR": folder}
+        done = subprocess.run([*command[:-1], str(script)], env=environ, capture_output=True, timeout=60, check=False)
+    assert json.loads(done.stdout)["stdout"] == "1000\n", done

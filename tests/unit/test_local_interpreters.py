@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_a_virtual_environment_is_shown_with_what_it_is_made_from(
     assert str(tmp_path / "venv") in targets
     assert str(tmp_path) not in targets
     assert os.path.expanduser("~") not in targets
+
+
+def test_of_a_shared_prefix_only_what_programs_load_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program in a prefix such as ~/.local is shown alone: what else lies in that prefix may be private."""
+    (tmp_path / "bin").mkdir()
+    shutil.copy("/bin/sh", tmp_path / "bin" / "mylang")
+    (tmp_path / "share").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    found = interpreters.find("mylang")
+    assert [bind.target for bind in found.binds] == [str(tmp_path / "bin" / "mylang")]
 
 
 def test_a_program_of_the_system_needs_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def die_holding_a_lock(folder: Path, name: str, noted: Path) -> None:
 def test_a_killed_owner_is_found_with_what_it_noted(tmp_path: Path) -> None:
     """The owner of a killed process is dead, and what it noted is given out once."""
     die_holding_a_lock(tmp_path, "o1", Path("/somewhere"))
-    assert list(owners.dead(tmp_path)) == [("o1", [Path("/somewhere")])]
+    assert list(owners.dead(tmp_path)) == [owners.Dead("o1", [Path("/somewhere")])]
     assert list(owners.dead(tmp_path)) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -47,6 +47,47 @@ def test_a_living_owner_is_never_touched(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_could_not_be_removed_is_found_again(tmp_path: Path) -> None:
+    """A dead owner of which something is left is found by the next sweep too."""
+    die_holding_a_lock(tmp_path, "o1", Path("/somewhere"))
+    for owner in owners.dead(tmp_path):
+        owner.left = True
+    assert [owner.name for owner in owners.dead(tmp_path)] == ["o1"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_owner_can_be_made_while_others_sweep(tmp_path: Path) -> None:
+    """However often others sweep in the very moment, a new owner gets its lock, and nobody takes it for dead."""
+    code = (
+        "import sys; from pathlib import Path; from cloche.backends.local.owners import dead\n"
+        "print('up', flush=True)\n"
+        "while True:\n    for _ in dead(Path(sys.argv[1])): pass"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as sweeper:
+        try:
+            assert sweeper.stdout is not None
+            sweeper.stdout.readline()
+            for i in range(2000):
+                owner = owners.Owner(tmp_path, f"o{i}")
+                assert (tmp_path / f"o{i}.owner").exists()
+                owner.close()
+        finally:
+            sweeper.kill()
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0])
+def test_a_folder_of_ours_has_its_mode_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    """The state folder and what is in it have the mode that boxes need, also under a strict umask, and are repaired."""
+    before = os.umask(umask)
+    try:
+        for _ in range(2):
+            folder = owners.own_folder(tmp_path / "state", 0o755)
+            assert folder.stat().st_mode & 0o777 == 0o755
+            folder.chmod(0o700)
+    finally:
+        os.umask(before)
+
+
 def test_a_link_in_the_folder_is_not_followed(tmp_path: Path) -> None:
     """A symbolic link that looks like an owner's file is not opened."""
     (tmp_path / "target").write_text("/\n")
@@ -54,11 +95,9 @@ def test_a_link_in_the_folder_is_not_followed(tmp_path: Path) -> None:
     assert list(owners.dead(tmp_path)) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root uses /run/cloche")
-def test_somebody_elses_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A state folder that others may write to is refused."""
-    (tmp_path / "cloche").mkdir(mode=0o777)
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    """A state folder that others may write to is not used."""
+    (tmp_path / "cloche").mkdir()
     (tmp_path / "cloche").chmod(0o777)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    with pytest.raises(PermissionError):
-        owners.state_folder()
+    with pytest.raises(PermissionError, match="not a folder of ours alone"):
+        owners.own_folder(tmp_path / "cloche", 0o700)

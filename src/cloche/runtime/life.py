@@ -190,7 +190,8 @@ class Run:
             if self._leaving and anyio.current_time() >= remove_by:
                 self._removal_failed(f"it took longer than {REMOVAL_S:g} s")
             self._life.shield = False
-            self._lap("cleanup")
+            if self._leaving:
+                self._lap("cleanup")
 
     def _removal_failed(self, why: str) -> None:
         self._house.counters.removals_failed += 1

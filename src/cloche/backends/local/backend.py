@@ -144,7 +144,7 @@ class LocalBackend:
             except ClocheError as exc:
                 return Posture("local", available=False, isolation=Isolation.NONE, reason=exc.message, hint=exc.hint)
             except OSError as exc:
-                return Posture("local", available=False, isolation=Isolation.NONE, reason=str(exc), hint=probe.advice())
+                return Posture("local", available=False, isolation=Isolation.NONE, reason=f"{exc}.", hint=_MACHINE)
         assert self._ground is not None
         return self._ground.posture
 
@@ -168,7 +168,7 @@ class LocalBackend:
                 try:
                     hardening = await self._trial(layout, flavour)
                 except (ClocheError, OSError) as exc:
-                    problem = exc.message if isinstance(exc, ClocheError) else str(exc)
+                    problem = exc.message if isinstance(exc, ClocheError) else str(exc) or type(exc).__name__
                     log.info("%s with cgroup %s: %s", bubblewrap.name, flavour.kind, problem)
                     continue
                 self._ground = self._settle(bubblewrap, flavour, layout, hardening)
@@ -192,10 +192,8 @@ class LocalBackend:
                 binds.append(manifest.Bind(str(path), str(path)))
         shelf = None
         etc = str(resources.files("cloche.backends.local") / "etc")
-        if os.geteuid() == 0:
-            folder = owners.state_folder() / "shelf"
-            folder.mkdir(mode=0o755, exist_ok=True)
-            shelf = str(folder)
+        if probe.may_give_uids(FIRST_UID, UIDS):
+            shelf = str(owners.own_folder(owners.state_folder() / "shelf", 0o755))
         return Layout(
             bwrap=bubblewrap.path,
             bwrap_folder=bubblewrap.folder,
@@ -232,13 +230,12 @@ class LocalBackend:
         raise BackendUnavailable(reason)
 
     def _settle(self, bubblewrap: Bubblewrap, flavour: cgroup.Flavour, layout: Layout, seen: Hardening) -> _Ground:
-        nproc = layout.private_nproc or layout.shelf is not None
         posture = Posture(
             "local",
             available=True,
             isolation=Isolation.NAMESPACE,
             engine=bubblewrap.name,
-            guarantees=probe.guarantees(seen, flavour, own_uid=layout.shelf is not None, nproc=nproc),
+            guarantees=probe.guarantees(seen, flavour, own_uid=layout.shelf is not None),
         )
         return _Ground(bubblewrap, flavour, layout, posture)
 
@@ -257,7 +254,11 @@ class LocalBackend:
         if profile.interpreter is not None:
             found = self._interpreters.get(profile.interpreter)
             if found is None:
-                found = await to_thread.run_sync(interpreters.find, profile.interpreter)
+                try:
+                    # Its answer may take long, and nothing is made by then.
+                    found = await to_thread.run_sync(interpreters.find, profile.interpreter, abandon_on_cancel=True)
+                except OSError as exc:
+                    raise _no_room(exc) from exc
                 self._interpreters[profile.interpreter] = found
             program = None if found.path is None else (found.name, found.path)
             hidden = layout.hidden
@@ -272,13 +273,16 @@ class LocalBackend:
         try:
             launcher = await self._take_launcher(layout, flavour)
         except OSError as exc:
-            raise BackendUnavailable(f"No box could be started: {exc}.", hint=probe.advice()) from exc
+            raise _no_room(exc) from exc
         try:
-            uid = FIRST_UID + secrets.randbelow(UIDS) if os.geteuid() == 0 else None
+            uid = FIRST_UID + secrets.randbelow(UIDS) if layout.shelf is not None else None
             layout = replace(layout, cgroup=launcher.group.plan, host_uid=uid)
-            await launcher.process.go(manifest.argv(profile, layout, launcher.process.status_fd))
-            await to_thread.run_sync(cgroup.limit, flavour, launcher.group, profile)
-            await launcher.process.find_supervisor()
+            try:
+                await launcher.process.go(manifest.argv(profile, layout, launcher.process.status_fd))
+                await to_thread.run_sync(cgroup.limit, flavour, launcher.group, profile)
+                await launcher.process.find_supervisor()
+            except OSError as exc:
+                raise _no_room(exc) from exc
             yield LocalBox(launcher.process, launcher.group)
         finally:
             with anyio.CancelScope(shield=True):
@@ -370,10 +374,19 @@ class LocalBackend:
             self._owner = None
 
 
+_MACHINE = "Make what the message names available to cloche, or free what is used up; then try again."
+
+
+def _no_room(exc: OSError) -> BackendUnavailable:
+    """The kernel (or systemd) refused one more process, descriptor or cgroup."""
+    return BackendUnavailable(f"No box could be started: {exc}.", hint=_MACHINE, retryable=True)
+
+
 def _hidden(*paths: str | None) -> frozenset[str]:
     """Those that a stranger's uid cannot reach: a folder on the way is closed, or the thing itself."""
 
     def is_open(path: str) -> bool:
+        path = os.path.realpath(path)
         wanted = 0o5 if os.path.isdir(path) else 0o4
         folders = [str(folder) for folder in Path(path).parents]
         return os.stat(path).st_mode & wanted == wanted and all(os.stat(folder).st_mode & 0o1 for folder in folders)
@@ -385,12 +398,13 @@ def _sweep() -> list[Leftover]:
     swept: list[Leftover] = []
     if probe.platform_reason() is not None:
         return swept
-    for owner, roots in owners.dead(owners.state_folder()):
-        for root in roots:
-            folders = list(root.glob(f"{cgroup.name_prefix(owner)}*"))
+    for owner in owners.dead(owners.state_folder()):
+        for root in owner.folders:
+            folders = list(root.glob(f"{cgroup.name_prefix(owner.name)}*"))
             places.stop_scopes(folders)
             left = set(cgroup.remove(folders))
+            owner.left |= bool(left)
             swept += [
-                Leftover("cgroup", str(f), removed=f not in left, reason=f"owner {owner} is dead") for f in folders
+                Leftover("cgroup", str(f), removed=f not in left, reason=f"owner {owner.name} is dead") for f in folders
             ]
     return swept

@@ -148,7 +148,8 @@ def limit(flavour: Flavour, cgroup: Cgroup, profile: Profile) -> None:
         },
     }
     for name, value in wanted.get(flavour.kind, {}).items():
-        optional = name.endswith("?")  # swap accounting may be off, the cpu controller may not be ours
+        # Swap accounting may be off, the cpu controller may not be ours.
+        optional = name.endswith("?") and not (name.startswith("cpu") and "cpu" in flavour.controllers)
         there = [file for folder in cgroup.folders if (file := folder / name.removesuffix("?")).exists()]
         if not there and not optional:
             raise FileNotFoundError(f"no {name} in {', '.join(map(str, cgroup.folders))}")
@@ -190,6 +191,7 @@ def _kill_all(folder: Path) -> None:
         if (folder / "cgroup.kill").exists():
             (folder / "cgroup.kill").write_text("1")
             return
-        for pid in (folder / "cgroup.procs").read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+        for pid in map(int, (folder / "cgroup.procs").read_text().split()):
+            if pid > 0:  # 0 stands for a process that our process namespace does not show
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)

@@ -53,10 +53,16 @@ class BoxProcess:
             raise
         finally:
             _close(theirs)
-        for fd in ours:
-            os.set_blocking(fd, False)
         self._stdin, self._stdout, self._stderr, self._status = ours
-        self._exit = os.pidfd_open(self._process.pid)
+        try:
+            for fd in ours:
+                os.set_blocking(fd, False)
+            self._exit = os.pidfd_open(self._process.pid)
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            _close(ours)
+            raise
         self._fds = {*ours, self._exit}
         self.status_fd = theirs[3]
         """The number under which the launcher, and so bubblewrap, has the status pipe."""

@@ -6,6 +6,7 @@ parts are, and just those are shown. A folder that holds a home is never shown a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from cloche.errors import InterpreterMissing
 
 ASK_TIMEOUT_S = 20.0
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+_NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 _BOX_PATH = ("/usr/local/bin", "/usr/bin", "/bin")
 _PYTHON_PARTS = """
 import json, os, sys, sysconfig
@@ -78,48 +80,58 @@ def is_broad(folder: str) -> bool:
     return any(f"{known}/".startswith(f"{real.rstrip('/')}/") for known in homes) or Path(real).parent == Path("/home")
 
 
-def _ask(command: list[str], name: str) -> str:
+def _ask(command: list[str], name: str) -> list[str]:
+    """The lines of a program's answer. In ``/``, where no file of a project tells a version manager otherwise.
+
+    Raises:
+        InterpreterMissing: it does not answer.
+        OSError: the machine has no room for one more process.
+    """
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=True)  # noqa: S603
+        answer = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=True, cwd="/"
+        )
     except (OSError, subprocess.SubprocessError) as exc:
+        if isinstance(exc, OSError) and exc.errno in _NO_ROOM:
+            raise
         raise InterpreterMissing(
             f"{name} ({command[0]}) does not say where its parts are: {exc}.",
             hint=f"Run {command[0]} by hand, or put a working {name} first on the PATH.",
         ) from exc
-    return answer.stdout.strip()
+    return answer.stdout.strip().splitlines()
 
 
 def _python(name: str, found: str) -> Interpreter:
-    parts = json.loads(_ask([found, "-I", "-c", _PYTHON_PARTS], name))
-    shown: list[str] = []
+    parts = json.loads(_ask([found, "-I", "-c", _PYTHON_PARTS], name)[-1])
+    shown: list[str] = list(parts["libraries"])
     for prefix in parts["prefixes"]:
-        if _is_system(prefix):
-            continue
-        if is_broad(prefix):
-            shown += [library for library in parts["libraries"] if library.startswith(prefix)]
-        else:
-            shown.append(prefix)
+        if (Path(prefix) / "pyvenv.cfg").is_file() and not is_broad(prefix):
+            shown.append(prefix)  # made for this interpreter alone
+        elif not is_broad(prefix):
+            shown.append(f"{prefix}/lib")  # of a shared prefix such as ~/.local only what programs load
     base = parts["base_executable"]
-    shown.append(base)
-    shown += _libraries(base)
+    shown += [base, *_libraries(base)]
     return Interpreter(name, parts["executable"], _binds(shown, (parts["executable"],)))
 
 
+_QUESTIONS = {
+    "node": ["-p", "process.execPath"],
+    "ruby": ["-rrbconfig", "-e", "puts RbConfig.ruby, $LOAD_PATH"],
+    "perl": ["-e", "print join qq(\n), $^X, @INC"],
+    "php": ["-r", "echo PHP_BINARY, PHP_EOL, PHP_EXTENSION_DIR;"],
+}
+"""How a language's program is asked for its own path, and then for the folders it loads from."""
+
+
 def _program(name: str, found: str) -> Interpreter:
-    """Any other program. A shim (a script that starts the real one) is asked for it, where the language has words for that."""
-    words = {
-        "node": ["-p", "process.execPath"],
-        "ruby": ["-rrbconfig", "-e", "print RbConfig.ruby"],
-        "perl": ["-e", "print $^X"],
-        "php": ["-r", "print PHP_BINARY;"],
-    }
-    path = os.path.realpath(found)
-    if name in words:
-        path = os.path.realpath(_ask([found, *words[name]], name))
-    prefix = str(Path(path).parent.parent)
-    # node needs nothing beside itself; others have their libraries in their prefix.
-    shown = [path] if name == "node" or is_broad(prefix) or _is_system(prefix) else [prefix]
-    return Interpreter(name, path, _binds([*shown, *_libraries(path)], ()))
+    """Any other program: itself and its shared libraries, and the folders that it says it loads from.
+
+    A shim (a script that starts the real one) is asked for it, where the language has words for that.
+    """
+    path, *folders = _ask([found, *_QUESTIONS[name]], name) if name in _QUESTIONS else [found]
+    path = os.path.realpath(path)
+    loaded = [folder for folder in folders if folder.startswith("/") and not is_broad(folder)]
+    return Interpreter(name, path, _binds([path, *loaded, *_libraries(path)], ()))
 
 
 def _libraries(program: str) -> list[str]:

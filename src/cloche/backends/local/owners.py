@@ -7,9 +7,12 @@ whatever its pid was, and may remove what bears its name there. All functions he
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 try:
@@ -17,24 +20,43 @@ try:
 except ImportError:  # not on Windows, where this backend only says that it needs Linux
     fcntl = None  # type: ignore[assignment]
 
+MANY_TIMES = 100
+
 
 def state_folder() -> Path:
     """The folder for such files: /run/cloche for root, else one in XDG_RUNTIME_DIR or /tmp that is ours alone.
 
     Raises:
+        OSError: none of them can be made, or others made them.
+    """
+    uid, runtime = os.geteuid(), os.environ.get("XDG_RUNTIME_DIR", "")
+    places = [(Path("/run/cloche"), 0o755)] if uid == 0 else []  # the boxes' own uids must be able to pass through it
+    if runtime.startswith("/"):
+        places.append((Path(runtime, "cloche"), 0o700))
+    places += [(Path(f"{top}/cloche-{uid}"), 0o700) for top in ("/tmp", "/var/tmp", "/dev/shm")]
+    problem: OSError | None = None
+    for folder, mode in places:
+        try:
+            return own_folder(folder, mode)
+        except OSError as exc:
+            problem = problem or exc
+    assert problem is not None
+    raise problem
+
+
+def own_folder(folder: Path, mode: int) -> Path:
+    """A folder that is ours alone, with exactly this mode, whatever the umask.
+
+    Raises:
         OSError: it cannot be made, or somebody else made it.
     """
-    uid = os.geteuid()
-    if uid == 0:
-        folder, mode = Path("/run/cloche"), 0o755  # the boxes' own uids must be able to pass through it
-    elif os.environ.get("XDG_RUNTIME_DIR") and os.access(os.environ["XDG_RUNTIME_DIR"], os.W_OK):
-        folder, mode = Path(os.environ["XDG_RUNTIME_DIR"], "cloche"), 0o700
-    else:
-        folder, mode = Path(f"/tmp/cloche-{uid}"), 0o700
-    folder.mkdir(mode=mode, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != uid or found.st_mode & 0o022:
-        raise PermissionError(f"{folder} is not a folder of ours alone")
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise PermissionError(errno.EPERM, "not a folder of ours alone", str(folder))
+    if stat.S_IMODE(found.st_mode) != mode:
+        folder.chmod(mode)
     return folder
 
 
@@ -43,11 +65,18 @@ class Owner:
 
     def __init__(self, folder: Path, name: str) -> None:
         self._path = folder / f"{name}.owner"
-        # Locked before it has the name under which the others look for it.
-        new = folder / f"{name}.new"
-        self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        new.rename(self._path)
+        # Locked before it has the name under which the others look for it. One that sweeps may still be quicker.
+        for _ in range(MANY_TIMES):
+            self._fd = os.open(folder / f"{name}.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(self._fd).st_nlink:
+                    (folder / f"{name}.new").rename(self._path)
+                    return
+            except (BlockingIOError, FileNotFoundError):
+                time.sleep(0.001)
+            os.close(self._fd)
+        raise BlockingIOError(errno.EAGAIN, "others hold the lock of a new owner", str(self._path))
 
     def note(self, folder: Path) -> None:
         """Write down a folder in which things with the owner's name are about to be made."""
@@ -60,8 +89,17 @@ class Owner:
         os.close(self._fd)
 
 
-def dead(folder: Path) -> Iterator[tuple[str, list[Path]]]:
-    """Each dead owner and the folders it noted; its file is removed after the caller has dealt with it."""
+@dataclass(slots=True)
+class Dead:
+    """An owner that is no more, and the folders it noted. Set ``left`` when something of it could not be removed."""
+
+    name: str
+    folders: list[Path]
+    left: bool = False
+
+
+def dead(folder: Path) -> Iterator[Dead]:
+    """Each dead owner; its file goes after the caller has dealt with it, unless something is left for the next sweep."""
     for path in [*folder.glob("*.owner"), *folder.glob("*.new")]:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -72,9 +110,10 @@ def dead(folder: Path) -> Iterator[tuple[str, list[Path]]]:
             if os.fstat(fd).st_nlink == 0:
                 continue  # another one was quicker
             with open(fd, closefd=False, encoding="utf-8", errors="replace") as text:
-                yield path.stem, [Path(line.rstrip("\n")) for line in text]
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+                found = Dead(path.stem, [Path(line.rstrip("\n")) for line in text])
+            yield found
+            if not found.left:
+                path.unlink(missing_ok=True)
         except BlockingIOError:
             continue  # alive
         finally:

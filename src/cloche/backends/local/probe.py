@@ -16,10 +16,6 @@ from cloche.backends.local.cgroup import Flavour
 from cloche.isolation import Guarantee, State
 from cloche.supervisor.frames import Hardening
 
-_FIXED = (0, 12)
-"""First bubblewrap without CVE-2026-87766. Older ones follow links when they make mount points; here nothing is mounted below
-a folder that a script could ever write, so there is no such link."""
-
 
 @dataclass(frozen=True, slots=True)
 class Bubblewrap:
@@ -89,13 +85,21 @@ def advice() -> str:
     return "Install bubblewrap 0.8 or newer and allow user namespaces, or choose another mode with CLOCHE_MODE."
 
 
+def may_give_uids(first: int, count: int) -> bool:
+    """Whether we may start processes with any of these uids: root, and not in a user namespace that lacks them."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return False
+    ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    return any(inside <= first and first + count <= inside + length for inside, _, length in ranges)
+
+
 def has_private_nproc(release: str) -> bool:
     """Whether RLIMIT_NPROC counts per user namespace: Linux 5.14 (commit 21d1c5e386bc)."""
     match = re.match(r"(\d+)\.(\d+)", release)
     return match is not None and (int(match[1]), int(match[2])) >= (5, 14)
 
 
-def guarantees(hardening: Hardening, flavour: Flavour, *, own_uid: bool, nproc: bool) -> tuple[Guarantee, ...]:
+def guarantees(hardening: Hardening, flavour: Flavour, *, own_uid: bool) -> tuple[Guarantee, ...]:
     """What a box of this machine gives, from what the trial box's supervisor reported."""
 
     def bit(flag: Hardening, name: str, yes: str, no: str, advice: str = "") -> Guarantee:
@@ -137,7 +141,7 @@ def guarantees(hardening: Hardening, flavour: Flavour, *, own_uid: bool, nproc: 
             "writes only below /output, /tmp and /dev/shm",
             "this kernel has no Landlock; the mounts hold alone",
         ),
-        cgroup("memory", "memory-limit", Guarantee("memory-limit", State.IN_FORCE, watch)),
+        cgroup("memory", "memory-limit", bit(Hardening.MEMORY_WATCH, "memory-limit", watch, "nothing bounds it")),
         cgroup(
             "memory",
             "kernel-memory-limit",
@@ -152,7 +156,7 @@ def guarantees(hardening: Hardening, flavour: Flavour, *, own_uid: bool, nproc: 
             "pids",
             "process-limit",
             Guarantee("process-limit", State.IN_FORCE, "RLIMIT_NPROC, counted for this box alone")
-            if nproc
+            if Hardening.NPROC in hardening
             else Guarantee(
                 "process-limit", State.NOT_IN_FORCE, "neither cgroup nor a count of the box alone", "Use Linux 5.14."
             ),
@@ -165,8 +169,3 @@ def guarantees(hardening: Hardening, flavour: Flavour, *, own_uid: bool, nproc: 
             ),
         ),
     )
-
-
-def is_fixed(version: tuple[int, ...]) -> bool:
-    """Whether this bubblewrap has the fix for CVE-2026-87766."""
-    return version >= _FIXED

@@ -234,6 +234,9 @@ int launch_main(int argc, char **argv)
 		errno = EINVAL;
 		return die("usage", "");
 	}
+	/* What started cloche may ignore SIGCHLD, and then nobody here would ever learn of a child's end. */
+	for (int sig = 1; sig <= 31; sig++)
+		signal(sig, SIG_DFL);
 	sigemptyset(&awaited);
 	for (size_t i = 0; i < sizeof guarded / sizeof *guarded; i++)
 		sigaddset(&awaited, guarded[i]);
