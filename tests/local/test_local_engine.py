@@ -331,3 +331,22 @@ def test_root_of_a_user_namespace_can_run() -> None:
         environ = {**os.environ, "CLOCHE_MODE": "local", "XDG_RUNTIME_DIR": folder}
         done = subprocess.run([*command[:-1], str(script)], env=environ, capture_output=True, timeout=60, check=False)
     assert json.loads(done.stdout)["stdout"] == "1000\n", done
+
+
+async def test_a_virtual_environment_whose_python_is_a_link_to_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every link between an environment's python and the program that it is leads somewhere in the box."""
+    import venv
+
+    program = os.path.realpath(sys.executable)
+    for name in ("first", "second"):
+        (tmp_path / name).symlink_to(program if name == "first" else "first")
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python3"
+    python.unlink()
+    python.symlink_to(tmp_path / "second")
+    monkeypatch.setenv("PATH", f"{python.parent}:{os.environ['PATH']}")
+    async with sandbox() as box:
+        result = await box.run(Spec(content="import json, sys; print(sys.prefix)", name="where.py"))
+    assert result.stdout == f"{tmp_path / 'venv'}\n", result

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,11 +145,19 @@ def _libraries(program: str) -> list[str]:
     return [path for path in paths if not _is_system(os.path.realpath(path))]
 
 
+def _names(path: str) -> Iterator[str]:
+    """The path, where each link on its way leads, and where it ends."""
+    for _ in range(40):  # as many as the kernel follows (Linux, fs/namei.c MAXSYMLINKS)
+        yield path
+        if not os.path.islink(path):
+            break
+        path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
+    yield os.path.realpath(path)
+
+
 def _binds(paths: list[str], links: tuple[str, ...]) -> tuple[Bind, ...]:
     """Each path under its own name, and where a link on the way leads; what lies inside another one is left out."""
-    wanted: set[str] = set()
-    for path in (*paths, *links):
-        wanted |= {path, os.path.realpath(path)}
+    wanted = {name for path in (*paths, *links) for name in _names(path)}
     kept: list[str] = []
     for path in sorted(wanted):
         if not _is_system(path) and os.path.exists(path) and not any(path.startswith(k + "/") for k in kept):
