@@ -26,6 +26,8 @@ PACKAGES = (
     "dbus",
     "dbus-user-session",
     "libpam-systemd",
+    "apparmor",
+    "apparmor-profiles",
     "bubblewrap",
     "python3",
     "python3-venv",
@@ -36,6 +38,14 @@ PACKAGES = (
 )
 USERS = {"alice": 1000, "bob": 1001}
 """alice has a user manager of her own, bob has none."""
+MASKED = (
+    "apparmor.service",  # a scene loads the one profile that it is about
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "fstrim.timer",
+)
 SPARE_BYTES = 2**30
 """Room on the disk beside what is installed."""
 UNIT = """\
@@ -143,14 +153,8 @@ def _configure(tree: Path) -> None:
     wants = tree / "etc/systemd/system/multi-user.target.wants"
     wants.mkdir(exist_ok=True)
     wants.joinpath("cloche-vm.service").symlink_to("../cloche-vm.service")
-    for timer in (
-        "apt-daily.timer",
-        "apt-daily-upgrade.timer",
-        "dpkg-db-backup.timer",
-        "fstrim.timer",
-        "e2scrub_all.timer",
-    ):
-        tree.joinpath("etc/systemd/system", timer).symlink_to("/dev/null")
+    for unit in MASKED:
+        tree.joinpath("etc/systemd/system", unit).symlink_to("/dev/null")
     for name, uid in USERS.items():
         run("chroot", str(tree), "useradd", "--create-home", "--uid", str(uid), "--shell", "/bin/bash", name)
 

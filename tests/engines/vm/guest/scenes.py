@@ -61,6 +61,20 @@ def sysctl(name: str, value: str) -> Iterator[None]:
         file.write_text(before)
 
 
+PROFILE = Path("/usr/share/apparmor/extra-profiles/bwrap-userns-restrict")
+"""AppArmor's own for bubblewrap: it may make user namespaces, but what it starts has no capabilities in them. Ubuntu uses it."""
+
+
+@contextmanager
+def apparmor() -> Iterator[None]:
+    """bubblewrap under that profile, for a while."""
+    subprocess.run(["apparmor_parser", "--replace", str(PROFILE)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["apparmor_parser", "--remove", str(PROFILE)], check=True)
+
+
 @dataclass(frozen=True)
 class Scene:
     """One place in which cloche is used."""
@@ -144,6 +158,18 @@ SCENES = (
         _refused(user, launch, *setting)
         for user, launch in (("root", service()), ("alice", login))
         for setting in FORBIDDEN
+    ),
+    *(
+        Scene(
+            f"apparmor-{user}",
+            user,
+            launch,
+            r"/.*",
+            chosen,
+            needs=lambda: "" if PROFILE.exists() else f"AppArmor has no {PROFILE.name} here",
+            around=apparmor,
+        )
+        for user, launch, chosen in (("root", service(), "v2"), ("alice", login, "systemd"))
     ),
     Scene("suites-root", "root", service(), r"/system\.slice/run-.*\.service", "v2", SUITES, long=True),
     Scene(
