@@ -53,6 +53,11 @@ class ErrorInfo(BaseModel):
     retryable: bool
     """Whether the same call may succeed later, unchanged."""
 
+    @classmethod
+    def of(cls, error: ClocheError) -> ErrorInfo:
+        """The error as a value."""
+        return cls(code=error.code, message=error.message, hint=error.hint, retryable=error.retryable)
+
 
 class ArtifactInfo(BaseModel):
     """A file that the script left in /output. ``sha256`` is over the bytes that were delivered."""
@@ -287,7 +292,7 @@ class Fold:
             outcome="failed",
             stdout_bytes=len(self._stdout),
             stderr_bytes=len(self._stderr),
-            error=ErrorInfo(code=error.code, message=error.message, hint=error.hint, retryable=error.retryable),
+            error=ErrorInfo.of(error),
         )
 
     def _make(self, **fields: Any) -> Result:

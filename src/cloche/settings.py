@@ -337,6 +337,7 @@ class Settings(BaseModel):
         why="there is no public service",
         alias=(_WEKNORA + "OPENSANDBOX_API_URL",),
         pattern=r"^https?://[^\s/]",
+        repr=False,  # an address may hold a password
     )
     opensandbox_api_key: SecretStr | None = _setting(
         None,

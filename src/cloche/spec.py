@@ -37,6 +37,14 @@ MIN_MEMORY_BYTES = 16 * 2**20
 """Below this no interpreter starts (python3 alone needs 9 MiB), and the end would look like a crash."""
 MAX_TIMEOUT_S = 24 * 3600.0
 MAX_ARGS = 4096
+MAX_ENV = 16_000
+"""The supervisor's reader holds 16384 variables, some of which are the box's own."""
+MAX_STRINGS_BYTES = 5 * 2**20
+"""Of arguments and environment together; the supervisor's reader holds 6 MiB, and the kernel takes less than that."""
+MAX_PATH_BYTES = 4000
+"""As the supervisor's reader has it; PATH_MAX is 4096 with what stands before (Linux, include/uapi/linux/limits.h)."""
+MAX_PART_BYTES = 255
+"""NAME_MAX (Linux, include/uapi/linux/limits.h)."""
 MAX_ARG_BYTES = 128 * 1024 - 1
 """The kernel's MAX_ARG_STRLEN is 32 pages with the final NUL (Linux, include/uapi/linux/binfmts.h)."""
 
@@ -94,10 +102,14 @@ _REFUSED_ENV = re.compile(
 )
 
 
-def _forbid_nul(value: str, what: str) -> str:
+def _check_text(value: str, what: str) -> int:
+    """The size in bytes of what can be handed to a program; else a ValueError."""
     if "\0" in value:
         raise ValueError(f"{what} holds a NUL byte, which no program can receive")
-    return value
+    try:
+        return len(encode(value))
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} holds a lone surrogate, which stands for no character and no byte") from None
 
 
 class Spec(BaseModel):
@@ -140,24 +152,25 @@ class Spec(BaseModel):
     @classmethod
     def _args(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for i, arg in enumerate(value):
-            _forbid_nul(arg, f"argument {i + 1}")
-            if len(encode(arg)) > MAX_ARG_BYTES:
+            if _check_text(arg, f"argument {i + 1}") > MAX_ARG_BYTES:
                 raise ValueError(f"argument {i + 1} is longer than {MAX_ARG_BYTES} bytes, the kernel's limit")
         return value
 
     @field_validator("env")
     @classmethod
     def _env(cls, value: dict[str, str]) -> dict[str, str]:
+        if len(value) > MAX_ENV:
+            raise ValueError(f"there are {len(value)} environment variables, more than {MAX_ENV}")
         for name, text in value.items():
             if not name or "=" in name:
                 raise ValueError(f"{name!r} is not a name for an environment variable")
-            _forbid_nul(name, "the name of an environment variable")
-            _forbid_nul(text, f"environment variable {name}")
+            size = _check_text(name, "the name of an environment variable")
+            size += _check_text(text, f"environment variable {name}") + 1
             if _REFUSED_ENV.fullmatch(name):
                 raise ValueError(
                     f"environment variable {name} is refused: it would subvert the loader or the interpreter"
                 )
-            if len(encode(f"{name}={text}")) > MAX_ARG_BYTES:
+            if size > MAX_ARG_BYTES:
                 raise ValueError(
                     f"environment variable {name} is longer than {MAX_ARG_BYTES} bytes, the kernel's limit"
                 )
@@ -167,7 +180,7 @@ class Spec(BaseModel):
     def _one_script(self) -> Spec:
         for what, value in (("script", self.script), ("name", self.name)):
             if value is not None:
-                _forbid_nul(value, what)
+                _check_text(value, what)
                 if not value:
                     raise ValueError(f"{what} is empty")
         if (self.script is None) == (self.content is None):
@@ -179,6 +192,13 @@ class Spec(BaseModel):
         inside = self.name if self.script is None else (self.script if self.workspace is not None else None)
         if inside is not None:
             check_inside(inside, "script")
+            _check_size(inside)
+        if self.workspace is not None:
+            _check_text(str(self.workspace), "workspace")
+        strings = sum(len(encode(arg)) + 1 for arg in self.args)
+        strings += sum(len(encode(f"{name}={value}")) + 1 for name, value in self.env.items())
+        if strings > MAX_STRINGS_BYTES:
+            raise ValueError(f"arguments and environment together are larger than {MAX_STRINGS_BYTES} bytes")
         return self
 
     @model_validator(mode="wrap")
@@ -205,6 +225,14 @@ def _invalid(exc: ValidationError) -> InvalidSpec:
 def encode(text: str) -> bytes:
     """UTF-8, with lone surrogates standing for the bytes that :func:`os.fsdecode` could not decode."""
     return text.encode("utf-8", "surrogateescape")
+
+
+def _check_size(path: str) -> None:
+    if len(encode(path)) > MAX_PATH_BYTES:
+        raise ValueError(f"the script's path {path[:80]!r}… is longer than {MAX_PATH_BYTES} bytes")
+    for part in path.split("/"):
+        if len(encode(part)) > MAX_PART_BYTES:
+            raise ValueError(f"the script's path has a name {part[:80]!r}… longer than {MAX_PART_BYTES} bytes")
 
 
 def check_inside(path: str, what: str) -> None:

@@ -281,6 +281,64 @@ def test_spec_by_hand() -> None:
         assert caught.value.message.endswith(".")
 
 
+LONG = "a" * 256
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"script": f"{LONG}.py", "workspace": "w"}, "longer than 255 bytes"),
+        ({"content": "", "name": "é" * 128}, "longer than 255 bytes"),
+        ({"content": "", "name": "/".join(["a" * 200] * 20)}, "longer than 4000 bytes"),
+        ({"script": "a", "env": {f"A{i}": "" for i in range(16_001)}}, "more than 16000"),
+        ({"script": "a", "args": ("x" * 131_000,) * 41}, "arguments and environment together"),
+        ({"script": "a\ud800"}, "script holds a lone surrogate"),
+        ({"content": "", "name": "a\ud800"}, "name holds a lone surrogate"),
+        ({"script": "a", "workspace": "w\ud800"}, "workspace holds a lone surrogate"),
+        ({"script": "a", "workspace": "w\0"}, "workspace holds a NUL"),
+        ({"script": "a", "args": ("\ud800",)}, "argument 1 holds a lone surrogate"),
+        ({"script": "a", "env": {"A": "\ud800"}}, "variable A holds a lone surrogate"),
+        ({"script": "a", "env": {"\ud800": "a"}}, "name of an environment variable holds a lone surrogate"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_no_box_can_receive(fields: dict[str, object], words: str) -> None:
+    """What the supervisor's reader would refuse, or no byte stands for, is refused by the spec in words."""
+    with pytest.raises(cloche.InvalidSpec, match=f"(?i){words}") as caught:
+        cloche.Spec(**fields)
+    assert caught.value.code == "invalid-spec"
+    assert len(caught.value.message) < 300
+
+
+def test_undecodable_bytes_are_kept() -> None:
+    """The surrogates that stand for bytes of the host's names and arguments are accepted."""
+    spec = cloche.Spec(script="a\udcff", args=("\udcff",), env={"A": "\udcff"}, workspace=Path("w\udcff"))
+    assert spec.args == ("\udcff",)
+
+
+def test_script_named_with_its_workspace(folder: Path) -> None:
+    """A script that is named from outside its workspace is refused with the name that it has inside."""
+    done = command(Case("", "", "", options=["--workspace", "full", "full/small.py"]), folder)
+    assert done.returncode == 125
+    assert b"relative to the workspace: give 'small.py'" in done.stderr
+
+
+def test_output_without_a_current_folder(folder: Path) -> None:
+    """A relative --output in a folder that was removed is refused without a traceback."""
+    (folder / "gone").mkdir()
+    start = "import os, sys; from cloche.cli import main; os.rmdir(os.getcwd()); sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", start, "run", "--output", "out", str(folder / "ok.py")],
+        cwd=folder / "gone",
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 125
+    assert b"current folder does not exist any more. [invalid-spec]" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
 def test_secrets_are_not_repeated() -> None:
     """An error about a spec repeats neither the environment's values nor stdin."""
     for fields in ({"env": {"TOKEN": 12345}}, {"stdin": 12345}, {"env": {"LD_PRELOAD": "12345"}}):

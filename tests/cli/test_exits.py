@@ -66,6 +66,13 @@ def test_failed_has_a_status() -> None:
     assert exits.status_of_result(Result.failed("r1", cloche.SandboxDisabled("x"))) == 125
 
 
+def test_no_stderr(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without a stderr cloche says nothing: its words never get into stdout."""
+    monkeypatch.setattr(sys, "stderr", None)
+    render.say("x")
+    assert capfd.readouterr().out == ""
+
+
 def test_every_outcome_is_tested() -> None:
     """The table above knows every outcome."""
     assert len(Outcome) == 5

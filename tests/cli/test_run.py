@@ -30,7 +30,8 @@ def start(target: Target) -> Iterator[Start]:
     def started(*args: str, **options: Any) -> subprocess.Popen[bytes]:
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
         environ = target.command_environment(**options.pop("settings", {}))
-        process = subprocess.Popen([sys.executable, "-m", "cloche", "run", *args], env=environ, **options)
+        through: Sequence[str] = options.pop("through", ())
+        process = subprocess.Popen([*through, sys.executable, "-m", "cloche", "run", *args], env=environ, **options)
         running.append(process)
         return process
 
@@ -203,6 +204,69 @@ def test_broken_pipe(start: Start, script: Write) -> None:
     process.stdout = None
     status, _, err = finish(process)
     assert (status, err) == (130, b"")
+
+
+def test_full_stdout(start: Start, script: Write) -> None:
+    """When stdout cannot be written, the reason is one line on stderr and the status is cloche's own failure."""
+    path = script("print('x', flush=True)")
+    for options in ([], ["--json"]):
+        with open("/dev/full", "wb") as full:
+            status, _, err = finish(start(*options, path, stdout=full))
+        assert (status, err) == (125, b"cloche: stdout cannot be written: No space left on device\n")
+
+
+def test_full_stderr(start: Start, script: Write) -> None:
+    """When the script's stderr cannot be written, the run goes on and the status tells it."""
+    path = script("import os; os.write(2, b'x'); print('out')")
+    with open("/dev/full", "wb") as full:
+        assert finish(start(path, stderr=full))[:2] == (125, b"out\n")
+
+
+def test_artifacts_that_cannot_be_saved(start: Start, script: Write, tmp_path: Path) -> None:
+    """When an artifact cannot be saved, what the run gave is kept, and the error names the artifact."""
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    path = script("print('out'); open('/output/a', 'w').write('x')")
+    status, out, err = finish(start("--json", "--output", str(tmp_path / "out"), path))
+    form = json.loads(out)
+    assert (status, form["outcome"], form["stdout"], form["artifacts"][0]["path"]) == (125, "failed", "out\n", "a")
+    assert form["timings_ms"]["run"] is not None
+    assert form["error"]["code"] == "invalid-spec"
+    assert "at artifact 'a'" in form["error"]["message"]
+    assert b"at artifact 'a'" in err
+    assert cloche.Result.model_validate(form).error is not None, "a result like any other"
+    status, out, err = finish(start("--output", str(tmp_path / "out"), path))
+    assert (status, out) == (125, b"out\n")
+    assert b".cloche-" not in err
+
+
+def test_script_of_a_workspace_with_a_dot(start: Start, script: Write, tmp_path: Path) -> None:
+    """A leading ./ as shells complete it is no part of a path inside the workspace."""
+    script("print('hi')")
+    assert finish(start("--workspace", str(tmp_path), "./main.py")) == (0, b"hi\n", b"")
+
+
+CLOSED = ["<&-", ">&-", "2>&-", "<&- >&-", "<&- 2>&-", ">&- 2>&-", "<&- >&- 2>&-"]
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+def test_closed_descriptors(start: Start, script: Write, tmp_path: Path, closed: str) -> None:
+    """With standard descriptors closed the run goes its way, and no byte of the script gets elsewhere."""
+    big = "b'\\x02' * 300_000"
+    path = script(f"import os\nfor fd in 1, 2: os.write(fd, {big})\nopen('/output/a', 'w')\nos._exit(7)")
+    process = start(
+        "--quiet",
+        "--stdin",
+        "-",
+        "--output",
+        str(tmp_path / "out"),
+        path,
+        through=["sh", "-c", f'exec "$@" {closed}', "sh"],
+    )
+    status, out, err = finish(process)
+    assert status == 7, err
+    assert (tmp_path / "out" / "a").exists()
+    assert len(out) == (0 if closed.find(" >&-") >= 0 or closed.startswith(">&-") else 300_000)
+    assert len(err) == (0 if "2>&-" in closed else 300_000)
 
 
 def test_reader_who_pauses(start: Start, script: Write) -> None:

@@ -66,7 +66,7 @@ def test_paths_are_checked_again(tmp_path: Path, path: str) -> None:
 def test_folder_in_the_files_place(tmp_path: Path) -> None:
     """A folder where a file is to be is an error, and nothing half-written is left beside it."""
     (tmp_path / "a").mkdir()
-    with pytest.raises(cloche.InvalidSpec, match="cannot be written"):
+    with pytest.raises(cloche.InvalidSpec, match="Is a directory, at artifact 'a'"):
         save(tmp_path, [artifact("a")])
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
@@ -79,3 +79,13 @@ def test_checked_before(tmp_path: Path) -> None:
     for bad in ("file", "file/below"):
         with pytest.raises(cloche.InvalidSpec, match="is not a folder"):
             check_folder(tmp_path / bad)
+
+
+def test_no_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative folder below a current one that was removed is refused."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(cloche.InvalidSpec, match="current folder does not exist"):
+        check_folder(Path("out"))

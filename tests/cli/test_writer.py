@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import threading
@@ -77,7 +78,20 @@ async def test_broken_stdout(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPa
         writer.put(target, b"x")
     await writer.drain(asyncio.get_running_loop().call_soon_threadsafe)
     writer.close()
-    assert (broken, writer.broken) == ([True], True)
+    assert (broken, writer.broken, writer.failures) == ([True], True, {})
+
+
+async def test_full_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When stdout cannot be written for another reason than a missing reader, the writer says which."""
+    target = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(module, "STDOUT", target)
+    broken: list[bool] = []
+    writer = Writer(lambda: broken.append(True))
+    writer.put(target, b"x")
+    await writer.drain(asyncio.get_running_loop().call_soon_threadsafe)
+    writer.close()
+    os.close(target)
+    assert (broken, writer.failures[target].errno) == ([True], errno.ENOSPC)
 
 
 async def test_broken_stderr(pipe: tuple[int, int]) -> None:

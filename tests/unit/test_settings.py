@@ -282,3 +282,8 @@ def test_os_environ_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLOCHE_PIDS", "77")
     assert Settings.from_env().pids == 77
     assert sys.modules["cloche.settings"].Settings is Settings
+
+
+def test_address_is_not_in_the_repr() -> None:
+    """An address may hold a password, so the repr leaves it out."""
+    assert "hush" not in repr(Settings(opensandbox_api_url="https://user:hush@sandbox.example"))

@@ -11,6 +11,9 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (None: this process's) and give the exit status. Never raises for what a user did."""
     try:
+        from cloche.cli.descriptors import fill_closed
+
+        fill_closed()
         # On first use, so that an interrupt while modules load ends quietly too.
         import click
 

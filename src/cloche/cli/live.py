@@ -24,11 +24,15 @@ _log = logging.getLogger("cloche.cli")
 
 
 class Live:
-    """Runs a spec once. ``error`` says afterwards why it could not; ``broken`` that nobody reads stdout any more."""
+    """Runs a spec once. ``error`` says afterwards why it could not; ``broken`` that stdout takes nothing any more.
+
+    ``failures`` says of each of stdout and stderr why it could not be written, unless it was that nobody reads.
+    """
 
     def __init__(self, settings: Settings, spec: Spec, run_id: str, *, streamed: bool, verbose: bool) -> None:
         self.error: ClocheError | None = None
         self.broken = False
+        self.failures: dict[int, OSError] = {}
         self._spec = spec
         self._run_id = run_id
         self._streamed = streamed
@@ -69,6 +73,7 @@ class Live:
             self.error = ClocheError(f"cloche itself failed: {exc!r}.")
         finally:
             self.broken = writer.broken
+            self.failures = writer.failures
             writer.close()
 
     async def _follow(self, writer: Writer) -> None:

@@ -17,6 +17,8 @@ _MARKS = {State.IN_FORCE: "+", State.NOT_IN_FORCE: "-", State.UNKNOWN: "?"}
 def say(text: str) -> None:
     """One line of cloche's own on stderr, if there is one. What could steer a terminal is escaped."""
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    if sys.stderr is None:
+        return  # print would take stdout instead
     try:
         print(f"cloche: {plain}", file=sys.stderr, flush=True)  # noqa: T201 (this is the command line)
     except (OSError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ import anyio
 from cloche.cli import exits, render
 from cloche.cli.live import Live
 from cloche.cli.save import check_folder, save
-from cloche.cli.writer import STDOUT, write_all
+from cloche.cli.writer import STDERR, STDOUT, write_all
 from cloche.errors import ClocheError, InvalidSpec, WorkspaceTooLarge
-from cloche.result import Result
+from cloche.result import ErrorInfo, Result
 from cloche.runtime import new_run_id
 from cloche.settings import Settings, parse_duration, resolve
 from cloche.spec import Spec
@@ -67,10 +68,19 @@ def execute(options: Options) -> int:
         if options.output is not None:
             save(Path(options.output), result.artifacts)
     except ClocheError as error:
-        return _refuse(options, Result.failed(run_id, error, mode), error)
+        if options.as_json:
+            _print_json(_unsaved(result, error))
+        else:
+            _tell(result, settings, spec, options, saved=False)
+        render.say_error(error)
+        return exits.status_of_error(error)
     if options.as_json:
-        _print_json(result)
-    elif not live.broken:
+        return exits.status_of_result(result) if _print_json(result) else exits.NOT_RUN
+    for fd, failure in live.failures.items():
+        _say_unwritable(fd, failure)
+    if live.failures:
+        return exits.NOT_RUN
+    if not live.broken:
         _tell(result, settings, spec, options)
     return exits.status_of_result(result)
 
@@ -96,8 +106,10 @@ def _spec(options: Options, settings: Settings) -> Spec:
         "min_isolation": options.min_isolation,
         "timeout": timeout,
     }
+    # Inside a workspace a path has one form; what shells complete begins with "./".
+    script = options.script if options.workspace is None else re.sub(r"\A(?:\./+)+", "", options.script)
     return Spec(
-        script=options.script,
+        script=script,
         args=options.args,
         env=options.env,
         stdin=None if options.stdin is None else _read_stdin(options.stdin, settings),
@@ -146,17 +158,35 @@ def _refuse(options: Options, result: Result, error: ClocheError) -> int:
     return exits.status_of_error(error)
 
 
-def _print_json(result: Result) -> None:
+def _unsaved(result: Result, error: ClocheError) -> Result:
+    """The result of a run whose artifacts could not be saved: failed, with all that the run gave."""
+    # In a valid result an exit code and a signal go with other outcomes.
+    return result.model_copy(
+        update={"outcome": "failed", "exit_code": None, "signal": None, "error": ErrorInfo.of(error)}
+    )
+
+
+def _print_json(result: Result) -> bool:
+    """Whether the result went out. That nobody reads it is no failure."""
     try:
         write_all(STDOUT, json.dumps(result.to_dict()).encode() + b"\n")
-    except OSError:
-        return  # nobody reads it
+    except BrokenPipeError:
+        return True
+    except OSError as exc:
+        _say_unwritable(STDOUT, exc)
+        return False
+    return True
 
 
-def _tell(result: Result, settings: Settings, spec: Spec, options: Options) -> None:
+def _say_unwritable(fd: int, failure: OSError) -> None:
+    name = {STDOUT: "stdout", STDERR: "stderr"}[fd]
+    render.say(f"{name} cannot be written: {failure.strerror}")
+
+
+def _tell(result: Result, settings: Settings, spec: Spec, options: Options, *, saved: bool = True) -> None:
     if options.quiet:
         return
     for note in render.notes(result, resolve(spec, settings)):
         render.say(note)
-    if sys.stderr is not None and sys.stderr.isatty():
+    if saved and sys.stderr is not None and sys.stderr.isatty():
         render.summary(result, options.output)

@@ -25,7 +25,10 @@ def check_folder(folder: Path) -> None:
     Raises:
         InvalidSpec: they cannot.
     """
-    there = folder.absolute()
+    try:
+        there = folder.absolute()
+    except OSError:
+        raise _refused(folder, "the current folder does not exist any more") from None
     while not os.path.lexists(there):
         there = there.parent
     if not there.is_dir():
@@ -43,14 +46,18 @@ def save(folder: Path, artifacts: Iterable[ArtifactInfo]) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for artifact in artifacts:
-            parts = _parts(artifact.path)
+    except OSError as exc:
+        raise _refused(folder, f"{exc.strerror}, at {os.fspath(exc.filename or folder)!r}") from None
+    for artifact in artifacts:
+        parts = _parts(artifact.path)
+        try:
             if _BY_DESCRIPTOR:
                 _save_by_descriptor(folder, parts, artifact.data)
             else:
                 _save_by_path(folder, parts, artifact.data)
-    except OSError as exc:
-        raise _refused(folder, f"{exc.strerror}, at {os.fspath(exc.filename or folder)!r}") from None
+        except OSError as exc:
+            # Its own path, not the name under which it is written first.
+            raise _refused(folder, f"{exc.strerror}, at artifact {artifact.path!r}") from None
 
 
 def _refused(folder: Path, why: str) -> InvalidSpec:

@@ -28,13 +28,16 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 class Writer:
-    """Writes in the order in which it was told to. ``broken`` is set once nobody reads stdout any more.
+    """Writes in the order in which it was told to. ``broken`` is set once stdout takes nothing any more.
+
+    ``failures`` says of each descriptor why it could not be written, unless it was that nobody reads (EPIPE).
 
     What is queued is bounded by what a run may send (CLOCHE_MAX_OUTPUT_BYTES of each stream).
     """
 
     def __init__(self, when_broken: Callable[[], object]) -> None:
         self.broken = False
+        self.failures: dict[int, OSError] = {}
         self._when_broken = when_broken
         self._queue: queue.SimpleQueue[tuple[int, bytes] | Callable[[], object] | None] = queue.SimpleQueue()
         self._dead: set[int] = set()
@@ -66,9 +69,11 @@ class Writer:
     def _write(self, fd: int, data: bytes) -> None:
         try:
             write_all(fd, data)
-        except OSError:
-            # Gone, closed or full: what was to go there has nowhere else to go.
+        except OSError as exc:
+            # Gone or full: what was to go there has nowhere else to go.
             self._dead.add(fd)
+            if not isinstance(exc, BrokenPipeError):
+                self.failures[fd] = exc
             if fd == STDOUT:
                 self.broken = True
                 self._when_broken()

@@ -175,7 +175,9 @@ def _folders(path: str) -> list[Entry]:
 
 
 def _missing(path: str, root: Path) -> ScriptNotFound:
-    return ScriptNotFound(f"There is no script {path!r} in the workspace {os.fspath(root)!r}.")
+    inside = path.removeprefix(os.fspath(root) + "/")
+    hint = f"The path is relative to the workspace: give {inside!r}." if inside != path else None
+    return ScriptNotFound(f"There is no script {path!r} in the workspace {os.fspath(root)!r}.", hint=hint)
 
 
 def _cannot_read(path: str, exc: OSError) -> ScriptNotFound:

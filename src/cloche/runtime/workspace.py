@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Self
 
 from cloche.errors import InvalidSpec, WorkspaceTooLarge
-from cloche.spec import encode
+from cloche.spec import MAX_PATH_BYTES, encode
 from cloche.supervisor.bundle import Entry, File, Folder, Link
 
 MAX_ENTRIES = 20_000
 """More is a dependency tree or a mistake; empty files cost the box memory too."""
 MAX_DEPTH = 64
-MAX_PATH_BYTES = 4000
-"""As in c/bundle.c; the kernel's PATH_MAX is 4096 with what stands before (Linux, include/uapi/linux/limits.h)."""
 _LINK_HOPS = 40
 """After so many the kernel gives up with ELOOP (Linux, fs/namei.c MAXSYMLINKS)."""
 
