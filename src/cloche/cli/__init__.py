@@ -11,7 +11,7 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (None: this process's) and give the exit status. Never raises for what a user did."""
     try:
-        from cloche.cli.descriptors import fill_closed
+        from cloche.cli.descriptors import fill_closed, flush
 
         fill_closed()
         # On first use, so that an interrupt while modules load ends quietly too.
@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return exc.exit_code
         except click.Abort:
             return INTERRUPTED
+        finally:
+            flush()
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt:
         return INTERRUPTED

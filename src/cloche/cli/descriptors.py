@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TextIO
@@ -24,6 +25,18 @@ def fill_closed() -> None:
         sys.stdout = _file(1, "w")
     if sys.stderr is None:
         sys.stderr = _file(2, "w")
+
+
+def flush() -> None:
+    """Write what is still buffered. What cannot be written is dropped: the interpreter would end with a status of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
 
 
 def _file(fd: int, mode: str) -> TextIO:
