@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -23,6 +24,10 @@ def _is_quick(file: object, *_: object) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Under nohup these are ignored, and so they would be by the clients that the tests start and then send them to.
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     demanded = {name.strip() for name in os.environ.get("CLOCHE_MUST_WORK", "").split(",") if name.strip()}
     if unknown := demanded - MODES.keys():
         raise pytest.UsageError(f"CLOCHE_MUST_WORK names no mode that the suites know: {', '.join(sorted(unknown))}")
