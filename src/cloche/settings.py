@@ -38,7 +38,7 @@ PREFIX = "CLOCHE_"
 # environment variables; Docker's old links use the same names).
 _INJECTED = re.compile(r"CLOCHE_PORT(_.*)?|CLOCHE_SERVICE_.*")
 # Read by cloche's own tests and build, not by the program.
-_DEVELOPMENT = re.compile(r"CLOCHE_MUST_WORK|CLOCHE_BUILD_.*")
+_DEVELOPMENT = re.compile(r"CLOCHE_MUST_WORK|CLOCHE_BUILD_.*|CLOCHE_TEST_.*")
 
 _MAX_WAIT_S = 7 * 24 * 3600.0
 _MAX_BYTES = 2**40
@@ -77,6 +77,11 @@ def parse_duration(value: Any) -> Any:
         return float(text)
     except ValueError:
         raise ValueError(f"{value!r} is not an amount of time such as 60, 1.5 or 2m") from None
+
+
+def _parse_any(value: Any) -> Any:
+    """Yes for any text: the empty one counts as unset."""
+    return True if isinstance(value, str) else value
 
 
 def _parse_list(value: Any) -> Any:
@@ -264,6 +269,70 @@ class Settings(BaseModel):
         why="charts and documents fit, and so does a pod's log",
         ge=0,
         le=2**30,
+    )
+    docker_host: str | None = _setting(
+        None,
+        "Address of the Docker daemon (or of Podman's socket). Read in the mode docker only, like all `CLOCHE_DOCKER_…`.",
+        allowed="unix:///path/to/socket or tcp://host:port",
+        unset="what Docker's current context says, else unix:///var/run/docker.sock",
+        why="where every Docker tool looks",
+        alias=("DOCKER_HOST",),
+        min_length=1,
+        max_length=4096,
+    )
+    docker_tls_verify: Annotated[bool, BeforeValidator(_parse_any)] = _setting(
+        False,
+        "Whether a daemon at `tcp://` has to show a certificate of the authority in `CLOCHE_DOCKER_CERT_PATH`. Any value "
+        "that is not empty means yes, as for Docker's own tools.",
+        allowed="1, or nothing",
+        why="a tcp:// address without any of the two is plain HTTP",
+        alias=("DOCKER_TLS_VERIFY",),
+    )
+    docker_cert_path: str | None = _setting(
+        None,
+        "Folder with ca.pem, cert.pem and key.pem for a daemon at `tcp://`. Set alone, TLS is used and the daemon's "
+        "certificate is not checked.",
+        allowed="the path of a folder",
+        unset="`CLOCHE_DOCKER_CONFIG`, when a certificate is asked for",
+        why="where Docker's own tools keep them",
+        alias=("DOCKER_CERT_PATH",),
+        min_length=1,
+        max_length=4096,
+    )
+    docker_config: str | None = _setting(
+        None,
+        "Folder of Docker's config.json: credentials for registries, and contexts.",
+        allowed="the path of a folder",
+        unset="~/.docker",
+        why="where `docker login` writes them",
+        alias=("DOCKER_CONFIG",),
+        min_length=1,
+        max_length=4096,
+    )
+    docker_context: str | None = _setting(
+        None,
+        "Docker context whose daemon is used, when no host is given.",
+        allowed="the name of a context",
+        unset="the current one of config.json",
+        why="`docker context use` then holds for cloche too",
+        alias=("DOCKER_CONTEXT",),
+        min_length=1,
+        max_length=255,
+    )
+    docker_runtime: str | None = _setting(
+        None,
+        "Runtime of the containers, such as runsc (gVisor) or kata. One with a kernel of its own raises the isolation to "
+        "`kernel`, once a trial box has shown that kernel.",
+        allowed="the name of a runtime that the daemon knows",
+        unset="the daemon's default",
+        why="no other name is the same everywhere",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$",
+    )
+    pull: Literal["missing", "always", "never"] = _setting(
+        "missing",
+        "When an engine that keeps images itself (Docker) pulls one: if it is missing, once per sandbox, or never.",
+        allowed="missing, always or never",
+        why="the first run works without a word, the others do not wait",
     )
     kube_namespace: str = _setting(
         "cloche-sandbox",

@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from cloche import Outcome, Sandbox, Settings, Spec
-from cloche.backends.local import owners, probe
+from cloche.backends import owners
+from cloche.backends.local import probe
 from cloche.backends.local.backend import LocalBackend
 from cloche.backends.local.cgroup import Flavour
 from cloche.backends.local.probe import Bubblewrap

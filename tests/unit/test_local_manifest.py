@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from cloche.backends import shape
 from cloche.backends.contract import Profile
 from cloche.backends.local import manifest
 from cloche.backends.local.manifest import Bind, CgroupPlan, Layout
@@ -62,11 +63,11 @@ def test_nothing_is_mounted_below_the_workspace() -> None:
 def test_writable_mounts_are_bounded(memory: int) -> None:
     """Each writable mount holds at most 64 MiB, and all of them together at most half the memory."""
     limits = Limits(memory_bytes=memory)
-    each = manifest.writable_bytes(limits)
+    each = shape.writable_bytes(limits)
     assert each <= 64 * 2**20
-    assert each * len(manifest.WRITABLES) <= memory // 2
+    assert each * len(shape.WRITABLES) <= memory // 2
     vector = words(replace(PROFILE, limits=limits))
-    for path in manifest.WRITABLES:
+    for path in shape.WRITABLES:
         assert follows(vector, "--size", str(each), "--tmpfs", path)
 
 
@@ -75,7 +76,7 @@ def test_a_full_mount_means_enospc_and_not_a_signal() -> None:
     for memory in (16 * 2**20, 64 * 2**20, 8 * 2**30):
         limits = Limits(memory_bytes=memory)
         vector = words(replace(PROFILE, limits=limits))
-        assert int(vector[vector.index("--fsize") + 1]) >= manifest.writable_bytes(limits)
+        assert int(vector[vector.index("--fsize") + 1]) >= shape.writable_bytes(limits)
 
 
 def test_without_a_cgroup_the_supervisor_watches() -> None:
@@ -97,8 +98,8 @@ def test_nproc_is_not_used_where_it_would_count_the_users_other_processes() -> N
 def test_the_memory_limit_leaves_the_script_its_memory() -> None:
     """What cloche itself puts into the box (bundle, tail of the output, supervisor) is added to the script's memory."""
     profile = replace(PROFILE, bundle_bytes=10 * 2**20)
-    beside = manifest.memory_limit_bytes(profile) - profile.limits.memory_bytes
-    assert beside == 10 * 2**20 + profile.limits.output_bytes // 2 + manifest.OVERHEAD_BYTES
+    beside = shape.memory_limit_bytes(profile) - profile.limits.memory_bytes
+    assert beside == 10 * 2**20 + profile.limits.output_bytes // 2 + shape.OVERHEAD_BYTES
 
 
 def test_hidden_paths_come_from_the_shelf() -> None:
@@ -107,7 +108,7 @@ def test_hidden_paths_come_from_the_shelf() -> None:
     vector = words(layout=layout)
     launch = vector[: vector.index("--")]
     assert follows(launch, "--shelf", "/run/cloche/shelf", "--show", LAYOUT.supervisor)
-    assert follows(vector, "--ro-bind", "/run/cloche/shelf/0", manifest.SUPERVISOR_IN_BOX)
+    assert follows(vector, "--ro-bind", "/run/cloche/shelf/0", shape.SUPERVISOR)
     assert follows(vector, "--ro-bind", LAYOUT.etc, manifest.ETC_IN_BOX)
     assert launch.index("--show") < launch.index("--uid")
 

@@ -29,5 +29,13 @@ def _local(settings: Settings, owner: str) -> Backend:
     return LocalBackend(settings, owner)
 
 
-TABLE: Mapping[str, BackendFactory] = MappingProxyType({Mode.DISABLED: _disabled, Mode.LOCAL: _local})
+def _docker(settings: Settings, owner: str) -> Backend:
+    from cloche.backends.docker.backend import DockerBackend
+
+    return DockerBackend(settings, owner)
+
+
+TABLE: Mapping[str, BackendFactory] = MappingProxyType(
+    {Mode.DISABLED: _disabled, Mode.LOCAL: _local, Mode.DOCKER: _docker}
+)
 """The modes of this version."""

@@ -18,8 +18,9 @@ from pathlib import Path
 import anyio
 from anyio import to_thread
 
+from cloche.backends import owners, shape
 from cloche.backends.contract import Box, Capabilities, Fate, FateKind, Leftover, Profile
-from cloche.backends.local import cgroup, client, interpreters, manifest, owners, places, probe
+from cloche.backends.local import cgroup, client, interpreters, manifest, places, probe
 from cloche.backends.local.manifest import Layout
 from cloche.backends.local.probe import Bubblewrap
 from cloche.errors import BackendUnavailable, ClocheError
@@ -214,7 +215,7 @@ class LocalBackend:
         profile = Profile(
             run_id=f"trial{secrets.token_hex(4)}", owner=self._owner_name, expires_at=expiry, limits=limits
         )
-        bundle = Bundle(argv=[manifest.SUPERVISOR_IN_BOX, "version"], env={}, limits=limits)
+        bundle = Bundle(argv=[shape.SUPERVISOR, "version"], env={}, limits=limits)
         decoder, last = Decoder(), None
         with anyio.fail_after(TRIAL_TIMEOUT_S):
             async with self._box(profile, layout, flavour) as box:

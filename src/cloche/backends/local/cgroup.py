@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cloche.backends.contract import Profile
-from cloche.backends.local.manifest import Bind, CgroupPlan, memory_limit_bytes
+from cloche.backends.local.manifest import Bind, CgroupPlan
+from cloche.backends.shape import memory_limit_bytes
 
 CPU_PERIOD_US = 100_000
 """The kernel's default period for CPU bandwidth (Documentation/scheduler/sched-bwc.rst)."""

@@ -11,27 +11,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from cloche.backends import shape
 from cloche.backends.contract import Profile
-from cloche.spec import Limits, Network
+from cloche.spec import Network
 
-BOX_UID = 1000
-"""The script's uid as the box sees it; on the host it is cloche's own, or one of the run's own when cloche is root."""
-SUPERVISOR_IN_BOX = "/run/cloche/supervisor"
-WRITABLE_CAP_BYTES = 64 * 2**20
-WRITABLES = ("/output", "/tmp", "/dev/shm")
-WORKSPACE_SLACK_BYTES = 64 * 2**20
-"""Beside the bundle itself: /workspace is written by the supervisor alone, then sealed, and small files round up."""
-INODES = 65536
-"""Of each writable mount; an empty file costs the kernel about 1 KiB that no size bounds."""
-OVERHEAD_BYTES = 8 * 2**20
-"""What the supervisor itself may take of the box's memory, beside the rings for the output's tail."""
 DEVICES = ("null", "zero", "full", "random", "urandom")
 SYSTEM_FILES = ("ld.so.cache", "alternatives")
 """Below /etc: what the loader needs, and what /usr's links lead to. Each mount costs some 0.1 ms of every run."""
 NETWORK_FILES = ("hosts", "resolv.conf", "ssl/certs", "pki")
 """Below /etc, shown when the network is open."""
 OWN_FILES = ("passwd", "group", "nsswitch.conf")
-ETC_IN_BOX = "/run/cloche/etc"
+ETC_IN_BOX = f"{shape.SUPERVISOR_FOLDER}/etc"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +71,6 @@ class Layout:
     """The interpreter's bare name and its path, when it is not on the box's PATH."""
     private_nproc: bool = False
     """Whether RLIMIT_NPROC counts this box alone (a user namespace's own count: Linux 5.14)."""
-
-
-def writable_bytes(limits: Limits) -> int:
-    """Size of each writable mount: 64 MiB, and all together at most half the box's memory."""
-    return min(WRITABLE_CAP_BYTES, limits.memory_bytes // 2 // len(WRITABLES))
-
-
-def memory_limit_bytes(profile: Profile) -> int:
-    """What the cgroup allows: the script's memory, and beside it what cloche itself puts into the box."""
-    return profile.limits.memory_bytes + profile.bundle_bytes + profile.limits.output_bytes // 2 + OVERHEAD_BYTES
 
 
 def launcher(supervisor: str, cgroup: CgroupPlan, parent_pid: int) -> list[str]:
@@ -143,7 +123,7 @@ def _namespaces(profile: Profile) -> Iterator[str]:
     yield from ("--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try")
     if profile.network is Network.NONE:
         yield "--unshare-net"
-    yield from ("--hostname", "cloche", "--uid", str(BOX_UID), "--gid", str(BOX_UID))
+    yield from ("--hostname", shape.HOSTNAME, "--uid", str(shape.BOX_UID), "--gid", str(shape.BOX_UID))
     yield from ("--as-pid-1", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL")
     # For the supervisor alone, inside the box's own user namespace: to seal /workspace after it has been filled, and then
     # to empty the bounding set. It drops both before the script exists.
@@ -169,11 +149,11 @@ def _mounts(profile: Profile, layout: Layout, shelf: _Shelf) -> Iterator[str]:
     # belong to the first one, and the supervisor could not seal the workspace.
     for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
         yield from ("--symlink", f"/proc/self/fd{target}", f"/dev/{name}")
-    size = str(writable_bytes(profile.limits))
-    for path_in_box in WRITABLES:
+    size = str(shape.writable_bytes(profile.limits))
+    for path_in_box in shape.WRITABLES:
         yield from ("--size", size, "--tmpfs", path_in_box)
-    yield from ("--size", str(profile.bundle_bytes + WORKSPACE_SLACK_BYTES), "--tmpfs", "/workspace")
-    yield from ("--ro-bind", shelf.path(layout.supervisor), SUPERVISOR_IN_BOX)
+    yield from ("--size", str(shape.workspace_bytes(profile)), "--tmpfs", shape.WORKSPACE)
+    yield from ("--ro-bind", shelf.path(layout.supervisor), shape.SUPERVISOR)
     for bind in (*layout.binds, *layout.cgroup.shown):
         source = bind.source if bind in layout.cgroup.shown else shelf.path(bind.source)
         yield from ("--ro-bind", source, bind.target)
@@ -181,8 +161,8 @@ def _mounts(profile: Profile, layout: Layout, shelf: _Shelf) -> Iterator[str]:
 
 
 def _supervisor(profile: Profile, layout: Layout) -> Sequence[str]:
-    command = [SUPERVISOR_IN_BOX, "run", "--seal", "--inodes", str(INODES)]
-    command += ["--fsize", str(max(WRITABLE_CAP_BYTES, profile.limits.memory_bytes))]
+    command = [shape.SUPERVISOR, "run", "--seal", "--inodes", str(shape.INODES)]
+    command += ["--fsize", str(shape.file_size_limit_bytes(profile.limits))]
     if not layout.cgroup.bounded:
         command += ["--memory-watch", str(profile.limits.memory_bytes)]
         if layout.private_nproc or layout.host_uid is not None:

@@ -43,6 +43,7 @@ struct options {
 	const char *program, *program_path; /* a bare name, and where in the box it is */
 	bool sockets_unix_only;
 	bool seal_workspace;
+	bool lifeline;      /* whoever brought the bundle keeps stdin open for as long as he wants the box */
 	bool need_landlock; /* nothing else keeps the workspace read-only */
 };
 
@@ -173,6 +174,8 @@ struct script {
 /* Starts it. False: a frame has told why. */
 bool script_start(struct script *s, const struct options *o, const struct plan *p, int input, unsigned *hardening);
 bool script_same_uid(const struct options *o);
+bool become_script(const struct options *o); /* for what the supervisor does with the script's files; and back */
+bool become_supervisor(void);
 void kill_all(const struct options *o, int sig);
 
 /* --- launch.c, main.c -------------------------------------------------------------------------------------------- */

@@ -2,12 +2,14 @@
  * for why it exists.
  *
  *   run [--bundle PATH|-]… [--script-uid N --script-gid N] [--nproc N] [--nofile N] [--fsize BYTES] [--memory-watch BYTES]
- *       [--sockets unix] [--seal] [--inodes N] [--program NAME --program-path PATH]
+ *       [--sockets unix] [--seal] [--inodes N] [--program NAME --program-path PATH] [--lifeline]
  *
  * --seal: /workspace is a mount that this process may make read-only. --inodes: likewise bound the writable ones, whose
  * empty files would be memory that nobody counts. Where a security module takes the capability for both away (Ubuntu's
  * AppArmor profile for bubblewrap does), Landlock must keep the workspace read-only, else the run is refused.
  * --program: where in the box the plan's argv[0] is, if not on PATH.
+ * --lifeline: the end of stdin means that whoever wanted the run is gone, and ends it. An engine that outlives its client
+ * closes it then (Docker does, with StdinOnce).
  *
  * Its own life is one thread and one poll loop. Exit status 0: the last frame was delivered. */
 #include "cloche.h"
@@ -24,6 +26,7 @@
 #include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -61,6 +64,7 @@ static struct {
 	struct options o;
 	struct script script;
 	int signals;
+	int lifeline; /* -1: there is none */
 	unsigned hardening;
 	bool main_ended, killing;
 	int status;
@@ -70,7 +74,7 @@ static struct {
 	uint64_t kill_ms;          /* when SIGTERM becomes SIGKILL; 0: not asked to end */
 	uint64_t watch_ms;
 	uint64_t oom_before;
-} run = {.cause = "none"};
+} run = {.cause = "none", .lifeline = -1};
 
 static bool parse_options(int argc, char **argv, struct options *o)
 {
@@ -90,6 +94,10 @@ static bool parse_options(int argc, char **argv, struct options *o)
 
 		if (strcmp(name, "--seal") == 0) {
 			o->seal_workspace = true;
+			continue;
+		}
+		if (strcmp(name, "--lifeline") == 0) {
+			o->lifeline = true;
 			continue;
 		}
 		i++;
@@ -213,9 +221,16 @@ static bool folders(void)
 
 	if (mkdir(o->workspace, 0755) != 0 && errno != EEXIST)
 		return false;
-	if (mkdir(o->output, 0755) == 0 || errno == EEXIST)
-		return !other || (chown(o->output, (uid_t)o->script_uid, (gid_t)o->script_gid) == 0);
-	return false;
+	if (mkdir(o->output, 0755) != 0 && errno != EEXIST)
+		return false;
+	if (!other)
+		return true;
+	struct stat st;
+
+	/* Where the engine has mounted it as the script's, the supervisor may lack the capability to say so again. */
+	if (stat(o->output, &st) == 0 && st.st_uid == (uid_t)o->script_uid && st.st_gid == (gid_t)o->script_gid)
+		return true;
+	return chown(o->output, (uid_t)o->script_uid, (gid_t)o->script_gid) == 0;
 }
 
 static bool take_bundle(struct bundle *b, int *input)
@@ -236,6 +251,8 @@ static bool take_bundle(struct bundle *b, int *input)
 	else if (!ok)
 		frame_fail("protocol-error", "The bundle cannot be read: %s%s%s.", b->error, b->sink_errno ? ": " : "",
 			   b->sink_errno ? strerror(b->sink_errno) : "");
+	if (run.o.lifeline)
+		run.lifeline = fcntl(0, F_DUPFD_CLOEXEC, 3);
 	/* What brought the bundle is not the script's to read. */
 	int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
 
@@ -306,6 +323,15 @@ static void read_signals(uint64_t grace_ms)
 		end_run("cancel", grace_ms);
 }
 
+/* Whether whoever wanted the run is gone. */
+static bool lifeline_cut(void)
+{
+	uint8_t more[512];
+	ssize_t n = read(run.lifeline, more, sizeof more);
+
+	return n == 0 || (n < 0 && errno != EINTR && errno != EAGAIN);
+}
+
 static int wait_ms(uint64_t now)
 {
 	uint64_t next = run.kill_ms ? run.kill_ms : run.limit_ms;
@@ -339,18 +365,21 @@ static void watch_memory(uint64_t now)
 static void supervise(const struct plan *p)
 {
 	while (!run.main_ended && !frames_gone()) {
-		struct pollfd fds[4] = {
+		struct pollfd fds[5] = {
 			{.fd = run.signals, .events = POLLIN},
 			{.fd = frames_fd(), .events = frames_pending() ? POLLOUT : 0},
 			{.fd = frames_room() ? run.script.pipes[0] : -1, .events = POLLIN},
 			{.fd = frames_room() ? run.script.pipes[1] : -1, .events = POLLIN},
+			{.fd = run.lifeline, .events = POLLIN},
 		};
 
-		poll(fds, 4, wait_ms(now_ms()));
+		poll(fds, 5, wait_ms(now_ms()));
 		uint64_t now = now_ms();
 
 		if (fds[1].revents & (POLLERR | POLLHUP | POLLNVAL))
 			return; /* nobody reads any more: cloche is gone */
+		if (fds[4].revents && lifeline_cut())
+			end_run("cancel", 0);
 		if (fds[1].revents & POLLOUT)
 			frames_push();
 		for (unsigned i = 0; i < 2; i++)
@@ -416,7 +445,9 @@ static int finish(const struct plan *p)
 		run.end_us = now_us();
 	}
 	drain();
-	e.skipped = collect(run.o.output, p->artifact_bytes, p->artifact_count);
+	/* By the script's own rights: the supervisor may lack the capability to read everything, and should not need it. */
+	e.skipped = become_script(&run.o) ? collect(run.o.output, p->artifact_bytes, p->artifact_count) : 1;
+	become_supervisor();
 	if (oom_kills(&kills))
 		e.oom_kills = kills > run.oom_before ? kills - run.oom_before : 0;
 	if (strcmp(run.cause, "none") == 0 && WIFSIGNALED(e.status) && WTERMSIG(e.status) == SIGKILL && e.oom_kills > 0)
@@ -477,12 +508,22 @@ static int run_main(void)
 	return finish(&bundle.plan);
 }
 
+/* With the kernel that is seen here: where an engine promises one of its own, this shows it. */
+static int print_version(void)
+{
+	struct utsname kernel;
+
+	if (uname(&kernel) != 0)
+		return 1;
+	return printf("cloche-supervisor, frames %d, kernel %s\n", FRAME_VERSION, kernel.release) > 0 ? 0 : 1;
+}
+
 int main(int argc, char **argv)
 {
 	if (argc >= 2 && strcmp(argv[1], "launch") == 0)
 		return launch_main(argc, argv);
 	if (argc == 2 && strcmp(argv[1], "version") == 0)
-		return printf("cloche-supervisor, frames %d\n", FRAME_VERSION) > 0 ? 0 : 1;
+		return print_version();
 	if (argc < 2 || strcmp(argv[1], "run") != 0 || !parse_options(argc, argv, &run.o)) {
 		fprintf(stderr, "usage: cloche-supervisor run|launch|version …\n");
 		return 2;

@@ -18,6 +18,23 @@ bool script_same_uid(const struct options *o)
 	return o->script_uid < 0 || (uid_t)o->script_uid == getuid();
 }
 
+bool become_script(const struct options *o)
+{
+	if (script_same_uid(o) || getuid() != 0)
+		return true;
+	return setresgid((gid_t)-1, (gid_t)o->script_gid, (gid_t)-1) == 0 &&
+	       setresuid((uid_t)-1, (uid_t)o->script_uid, (uid_t)-1) == 0;
+}
+
+bool become_supervisor(void)
+{
+	/* The uid first: without it there is no right to change the gid. */
+	bool ok = setresuid((uid_t)-1, getuid(), (uid_t)-1) == 0 && setresgid((gid_t)-1, getgid(), (gid_t)-1) == 0;
+
+	/* A change of identity resets it to what fs.suid_dumpable says. */
+	return prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) == 0 && ok;
+}
+
 /* What the child tells through a pipe that its exec closes. */
 struct report {
 	int error;
@@ -214,8 +231,9 @@ static void kill_by_helper(const struct options *o, int sig)
 
 void kill_all(const struct options *o, int sig)
 {
-	if (getpid() == 1)
-		kill(-1, sig);
+	/* As PID 1 it reaches all there is; ESRCH says that there is nothing. */
+	if (getpid() == 1 && kill(-1, sig) != 0 && errno == ESRCH)
+		return;
 	/* Also as PID 1: its engine may have left it no CAP_KILL. */
 	if (!script_same_uid(o))
 		kill_by_helper(o, sig);

@@ -11,13 +11,13 @@ import pytest
 
 pytest.importorskip("fcntl", reason="the local mode needs Linux")
 
-from cloche.backends.local import owners
+from cloche.backends import owners
 
 
 def die_holding_a_lock(folder: Path, name: str, noted: Path) -> None:
     """A process that becomes an owner and is killed."""
     code = (
-        "import os, sys; from pathlib import Path; from cloche.backends.local.owners import Owner\n"
+        "import os, sys; from pathlib import Path; from cloche.backends.owners import Owner\n"
         "Owner(Path(sys.argv[1]), sys.argv[2]).note(Path(sys.argv[3])); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder), name, str(noted)], check=False)
@@ -37,7 +37,7 @@ def test_a_living_owner_is_never_touched(tmp_path: Path) -> None:
     owner = owners.Owner(tmp_path, "o2")
     owner.note(Path("/somewhere"))
     code = (
-        "import sys; from pathlib import Path; from cloche.backends.local.owners import dead\n"
+        "import sys; from pathlib import Path; from cloche.backends.owners import dead\n"
         "print(list(dead(Path(sys.argv[1]))))"
     )
     seen = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
@@ -59,7 +59,7 @@ def test_what_could_not_be_removed_is_found_again(tmp_path: Path) -> None:
 def test_an_owner_can_be_made_while_others_sweep(tmp_path: Path) -> None:
     """However often others sweep in the very moment, a new owner gets its lock, and nobody takes it for dead."""
     code = (
-        "import sys; from pathlib import Path; from cloche.backends.local.owners import dead\n"
+        "import sys; from pathlib import Path; from cloche.backends.owners import dead\n"
         "print('up', flush=True)\n"
         "while True:\n    for _ in dead(Path(sys.argv[1])): pass"
     )

@@ -1,7 +1,10 @@
 """Who is alive: each process instance holds a lock on a file of its own for as long as it lives.
 
-The file's lines name the folders in which the owner makes cgroups. Whoever can take the lock knows that the owner is dead,
-whatever its pid was, and may remove what bears its name there. All functions here block for a moment.
+The file's lines name the folders in which the owner makes things, such as cgroups. Whoever can take the lock knows that the
+owner is dead, whatever its pid was, and may remove what bears its name there.
+
+What is not a file carries the id of the folder of locks beside its owner's name: who shares that folder can tell whether the
+owner lives, and nobody else can. All functions here block for a moment.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import stat
 import time
 from collections.abc import Iterator
@@ -58,6 +62,39 @@ def own_folder(folder: Path, mode: int) -> Path:
     if stat.S_IMODE(found.st_mode) != mode:
         folder.chmod(mode)
     return folder
+
+
+def place_id(folder: Path) -> str:
+    """A name for this folder of locks, the same for all who share it and for nobody else.
+
+    Raises:
+        OSError: it can be neither read nor made.
+    """
+    path = folder / "place"
+    for _ in range(MANY_TIMES):
+        with contextlib.suppress(FileNotFoundError):
+            return path.read_text(encoding="ascii").strip()
+        new = folder / f"place.{secrets.token_hex(4)}"
+        new.write_text(secrets.token_hex(8), encoding="ascii")
+        with contextlib.suppress(FileExistsError):
+            os.link(new, path)  # whole, or not at all
+        new.unlink()
+    raise FileNotFoundError(errno.ENOENT, "it does not stay", str(path))
+
+
+def is_alive(folder: Path, name: str) -> bool:
+    """Whether the owner of that name, whose lock is or was in ``folder``, lives. One without a file has closed, or died."""
+    try:
+        fd = os.open(folder / f"{name}.owner", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as exc:
+        return exc.errno != errno.ENOENT  # one that we may not look at may live
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 class Owner:

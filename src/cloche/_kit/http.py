@@ -1,0 +1,309 @@
+"""The one door to HTTP: a client of one server with bounded reads, explicit timeouts, and errors told apart at one seam.
+
+Everything else in the package speaks to servers through this module; nothing else imports httpx2.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+from urllib.parse import quote
+
+import anyio
+import httpcore2  # what httpx2 itself stands on: the errors of a connection that has left HTTP are still its own
+import httpx2
+
+Query: TypeAlias = Mapping[str, str | int | bool]
+"""Parameters behind the ``?``. Booleans are written as ``true`` and ``false``."""
+
+CONNECT_S = 10.0
+"""For a connection to be there; a local socket takes microseconds, another continent a second."""
+READ_BYTES = 64 * 1024
+
+
+class HttpFailure(Exception):
+    """No answer came, or none that can be used. Never raised itself."""
+
+
+class ConnectFailure(HttpFailure):
+    """The server was not reached: nothing was sent. ``errno`` is the system's number, where there is one."""
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class TlsFailure(ConnectFailure):
+    """The server was reached and the two could not agree on TLS."""
+
+
+class ConnectionLost(HttpFailure):
+    """The connection broke after something had been sent: the server may have done what was asked."""
+
+
+class TimedOut(HttpFailure):
+    """The server did not answer in time; it may have done what was asked."""
+
+
+class TooLarge(HttpFailure):
+    """The answer is larger than the bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where a server listens. ``socket`` is the path of a Unix socket, ``base`` then only names the host in requests."""
+
+    base: str
+    socket: str | None = None
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    """None: what the system trusts, for addresses that begin with https."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole response."""
+
+    status: int
+    headers: Mapping[str, str]
+    """Names in lower case."""
+    body: bytes = field(repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the status is one of 2xx."""
+        return 200 <= self.status < 300
+
+    def json(self) -> Any:
+        """The body, parsed.
+
+        Raises:
+            ValueError: it is not JSON.
+        """
+        return json.loads(self.body)
+
+
+def segment(text: str) -> str:
+    """One part of a path, encoded: a ``/`` in it stays inside."""
+    return quote(text, safe="")
+
+
+class Connection:
+    """A connection that has left HTTP behind: bytes both ways."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    async def read(self) -> bytes:
+        """The next bytes; empty when the other side has closed.
+
+        Raises:
+            ConnectionLost: it broke.
+        """
+        with _translated():
+            return bytes(await self._stream.read(READ_BYTES))
+
+    async def write(self, data: bytes) -> None:
+        """Send all of ``data``.
+
+        Raises:
+            ConnectionLost: it broke, or the other side takes no more.
+        """
+        with _translated():
+            await self._stream.write(data)
+
+
+class Stream:
+    """A response whose body is read as it comes."""
+
+    def __init__(self, response: httpx2.Response) -> None:
+        self._response = response
+        self.status = response.status_code
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body, cut anywhere.
+
+        Raises:
+            ConnectionLost, TimedOut: before its end.
+        """
+        with _translated():
+            async for chunk in self._response.aiter_bytes():
+                yield chunk
+
+    async def read(self, max_bytes: int) -> bytes:
+        """The beginning of the body, at most ``max_bytes`` of it."""
+        body = bytearray()
+        async for chunk in self.chunks():
+            body += chunk
+            if len(body) >= max_bytes:
+                break
+        return bytes(body[:max_bytes])
+
+
+class HttpClient:
+    """A client of one server. Connections are kept and used again; there may be any number of them at a time."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._client = httpx2.AsyncClient(
+            base_url=server.base,
+            transport=httpx2.AsyncHTTPTransport(
+                uds=server.socket,
+                verify=server.tls if server.tls is not None else True,
+                trust_env=False,
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=20, keepalive_expiry=20.0),
+            ),
+            trust_env=False,  # a proxy of the environment is not on the way to an engine
+            follow_redirects=False,
+        )
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Query | None = None,
+        body: bytes | object | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float,
+        max_bytes: int,
+    ) -> Answer:
+        """One request and its whole answer. A ``body`` that is not bytes is sent as JSON.
+
+        Raises:
+            HttpFailure: see its subclasses. An answer with an error status is an answer.
+        """
+        request = self._build(method, path, query, body, headers, timeout_s)
+        with _translated():
+            response = await self._client.send(request, stream=True)
+            try:
+                content = bytearray()
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > max_bytes:
+                        raise TooLarge(f"The answer to {method} {path} is larger than {max_bytes} bytes.")
+            finally:
+                await response.aclose()
+        return Answer(response.status_code, response.headers, bytes(content))
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Query | None = None,
+        headers: Mapping[str, str] | None = None,
+        idle_s: float | None,
+    ) -> AsyncIterator[Stream]:
+        """A request whose answer is read as it comes; ``idle_s`` bounds the time between two pieces (None: no bound).
+
+        Raises:
+            HttpFailure: see its subclasses.
+        """
+        request = self._build(method, path, query, None, headers, idle_s)
+        with _translated():
+            response = await self._client.send(request, stream=True)
+        try:
+            yield Stream(response)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await response.aclose()
+
+    @asynccontextmanager
+    async def upgrade(
+        self, path: str, *, protocol: str, query: Query | None = None, timeout_s: float, max_bytes: int
+    ) -> AsyncIterator[Connection | Answer]:
+        """A POST that asks to leave HTTP. Gives the connection, or the answer of a server that did not agree.
+
+        Raises:
+            HttpFailure: see its subclasses.
+        """
+        headers = {"Connection": "Upgrade", "Upgrade": protocol}
+        request = self._build("POST", path, query, None, headers, timeout_s)
+        with _translated():
+            response = await self._client.send(request, stream=True)
+        try:
+            if response.status_code == 101:
+                yield Connection(response.extensions["network_stream"])
+            else:
+                yield Answer(response.status_code, response.headers, await Stream(response).read(max_bytes))
+        finally:
+            with anyio.CancelScope(shield=True):
+                await response.aclose()
+
+    def _build(
+        self,
+        method: str,
+        path: str,
+        query: Query | None,
+        body: bytes | object | None,
+        headers: Mapping[str, str] | None,
+        timeout_s: float | None,
+    ) -> httpx2.Request:
+        given: dict[str, str] = dict(headers or {})
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+            given["Content-Type"] = "application/json"
+        params = {name: str(v).lower() if isinstance(v, bool) else str(v) for name, v in (query or {}).items()}
+        timeout = httpx2.Timeout(timeout_s, connect=CONNECT_S)
+        return self._client.build_request(
+            method, path, params=params or None, content=body, headers=given, timeout=timeout
+        )
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Foreign errors become ours, here and nowhere else."""
+    try:
+        yield
+    except httpx2.ConnectTimeout as exc:
+        raise ConnectFailure(f"no connection within {CONNECT_S:g} s") from exc
+    except httpx2.ConnectError as exc:
+        raise _connect_failure(exc) from exc
+    except (httpx2.TimeoutException, httpcore2.TimeoutException, TimeoutError) as exc:
+        raise TimedOut("no answer in time") from exc
+    except (
+        httpx2.TransportError,
+        httpx2.StreamError,
+        httpcore2.NetworkError,
+        httpcore2.ProtocolError,
+        anyio.BrokenResourceError,
+        anyio.ClosedResourceError,
+    ) as exc:
+        if (refused := _tls_failure(exc)) is not None:
+            raise refused from exc
+        raise ConnectionLost(str(exc) or "the connection broke") from exc
+    except OSError as exc:
+        raise ConnectionLost(exc.strerror or str(exc)) from exc
+
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    """An error and what lies below it: the libraries keep the system's own words some causes down."""
+    seen: BaseException | None = exc
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _tls_failure(exc: BaseException) -> TlsFailure | None:
+    for cause in _causes(exc):
+        if isinstance(cause, ssl.SSLError):
+            return TlsFailure(getattr(cause, "verify_message", "") or cause.reason or str(cause))
+    return None
+
+
+def _connect_failure(exc: BaseException) -> ConnectFailure:
+    if (refused := _tls_failure(exc)) is not None:
+        return refused
+    for cause in _causes(exc):
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return ConnectFailure(cause.strerror or str(cause), cause.errno)
+    return ConnectFailure(str(exc) or "no connection")

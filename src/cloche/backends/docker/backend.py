@@ -1,0 +1,404 @@
+"""The docker backend: joins address, client, images, the supervisor's volume, probe and boxes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+
+import anyio
+from anyio import to_thread
+
+from cloche._kit.http import HttpFailure
+from cloche.backends import owners, shape
+from cloche.backends.contract import Box, Capabilities, Leftover, Profile
+from cloche.backends.docker import address, manifest, probe
+from cloche.backends.docker.box import DockerBox
+from cloche.backends.docker.client import DockerClient, Refused
+from cloche.backends.docker.facts import Labelled
+from cloche.backends.docker.manifest import Ground
+from cloche.backends.docker.probe import Daemon
+from cloche.backends.docker.store import Images
+from cloche.backends.docker.volume import SupervisorVolume
+from cloche.errors import BackendUnavailable, ClocheError, EngineLost, ImageUnavailable
+from cloche.isolation import Isolation, Posture
+from cloche.settings import Settings
+from cloche.spec import Limits
+from cloche.supervisor.binary import supervisor_path
+from cloche.supervisor.bundle import Bundle
+from cloche.supervisor.frames import Data, Decoder, End, Fail, FrameError, Hardening
+
+TRIAL_TIMEOUT_S = 30.0
+CREATE_S = 60.0
+"""Making a container is not interrupted: the daemon would finish it after we have looked for what to remove."""
+REMOVE_S = 25.0
+REMOVE_POLL_S = 0.02
+
+log = logging.getLogger("cloche.docker")
+
+
+@dataclass(frozen=True, slots=True)
+class _Yard:
+    """What the probe found out: how boxes are made on this daemon."""
+
+    daemon: Daemon
+    ground: Ground
+    images: Images
+    volume: SupervisorVolume
+    posture: Posture
+
+
+class DockerBackend:
+    """A container per run on the daemon that the settings name. ``owner`` names this process instance."""
+
+    def __init__(self, settings: Settings, owner: str) -> None:
+        self._settings = settings
+        self._owner_name = owner
+        self._client: DockerClient | None = None
+        self._owner: owners.Owner | None = None
+        self._yard: _Yard | None = None
+        self._clock_offset_s: float | None = None
+
+    def capabilities(self) -> Capabilities:
+        """A box's output cannot be read twice: nothing keeps it."""
+        return Capabilities(mode="docker")
+
+    async def probe(self) -> Posture:
+        """Ask the daemon what it offers; where its runtime may have a kernel of its own, make one box to see. Once."""
+        if self._yard is None:
+            try:
+                await self._find_yard()
+            except ClocheError as exc:
+                return Posture("docker", available=False, isolation=Isolation.NONE, reason=exc.message, hint=exc.hint)
+        assert self._yard is not None
+        return self._yard.posture
+
+    async def prepare(self) -> None:
+        """Have the image and the supervisor on the daemon, before a run has to wait for them.
+
+        Raises:
+            ClocheError: they cannot be had. The first run will say so too.
+        """
+        if self._yard is not None:
+            with _translated("prepared"):
+                image = await self._yard.images.ensure(self._settings.image)
+                await self._yard.volume.ensure(self._yard.ground, image.id)
+
+    async def _find_yard(self) -> None:
+        """Raises: ClocheError."""
+        found = await to_thread.run_sync(address.find, self._settings)
+        client = self._client = DockerClient(found.server)
+        daemon = await probe.look(client, found)
+        program = await to_thread.run_sync(supervisor_path, daemon.version.arch)
+        volume = await to_thread.run_sync(SupervisorVolume, client, program)
+        config = await to_thread.run_sync(address.config_folder, self._settings)
+        images = Images(client, config, pull=self._settings.pull, arch=_image_arch(daemon.version.arch))
+        ground = Ground(
+            volume=volume.name,
+            place=await self._become_owner(),
+            runtime=self._settings.docker_runtime,
+            cpus=daemon.info.cpus,
+            memory_limit=daemon.info.memory_limit,
+        )
+        posture = Posture(
+            "docker",
+            available=True,
+            isolation=Isolation.CONTAINER,
+            engine=_engine(daemon, self._settings.docker_runtime),
+            guarantees=probe.guarantees(daemon, None, guest=False),
+        )
+        yard = _Yard(daemon, ground, images, volume, posture)
+        if probe.runtime_in_force(self._settings.docker_runtime, daemon.info) not in probe.PLAIN_RUNTIMES:
+            yard = await self._try_runtime(yard)
+        self._yard = yard
+
+    async def _become_owner(self) -> str | None:
+        """The id of the folder that has our lock. Without one a dead owner's boxes go when they expire, not before."""
+
+        def become() -> tuple[owners.Owner, str] | None:
+            if owners.fcntl is None:
+                return None
+            folder = owners.state_folder()
+            return owners.Owner(folder, self._owner_name), owners.place_id(folder)
+
+        try:
+            with anyio.CancelScope(shield=True):  # else what the thread has made would be known to nobody
+                found = await to_thread.run_sync(become)
+        except OSError as exc:
+            log.info("no lock says that this process lives: %s", exc)
+            return None
+        if found is None:
+            return None
+        self._owner, place = found
+        return place
+
+    # --- a runtime that is not known ---------------------------------------------------------------------------------
+
+    async def _try_runtime(self, yard: _Yard) -> _Yard:
+        """Make one box, and compare the kernel that it sees with that of the engine's host.
+
+        Raises:
+            ClocheError: no box can be made with it.
+        """
+        # As for a kernel of its own, until it is known: the bounds of the other kind could keep it from starting.
+        ground = replace(yard.ground, guest_kernel=True)
+        limits = Limits(timeout_s=TRIAL_TIMEOUT_S, pids=64, output_bytes=4096)
+        profile = Profile(
+            run_id=f"trial{secrets.token_hex(4)}",
+            owner=self._owner_name,
+            expires_at=time.time() + self._settings.start_timeout + TRIAL_TIMEOUT_S,
+            limits=limits,
+        )
+        bundle = Bundle(argv=[shape.SUPERVISOR, "version"], env={}, limits=limits)
+        said, hardening = b"", Hardening(0)
+        with anyio.move_on_after(self._settings.start_timeout) as waiting:
+            async with self._box(replace(yard, ground=ground), profile) as box:
+                await box.feed(bundle)
+                said, hardening = await _listen(box)
+        if waiting.cancelled_caught:
+            raise BackendUnavailable(f"A trial box was not ready within {self._settings.start_timeout:g} s.")
+        kernel = said.decode("utf-8", "replace").partition("kernel ")[2].strip()
+        host = yard.daemon.version.kernel
+        guest = bool(kernel and host) and kernel != host
+        log.info("the runtime's kernel is %r, the engine's host has %r", kernel, host)
+        posture = replace(
+            yard.posture,
+            isolation=Isolation.KERNEL if guest else Isolation.CONTAINER,
+            engine=f"{yard.posture.engine}, {'guest ' if guest else ''}kernel {kernel or 'unknown'}",
+            guarantees=probe.guarantees(yard.daemon, hardening, guest=guest),
+        )
+        return replace(yard, ground=replace(ground, guest_kernel=guest), posture=posture)
+
+    # --- boxes --------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def open(self, profile: Profile) -> AsyncIterator[Box]:
+        """Make a container and start its supervisor.
+
+        Raises (on entering):
+            BackendUnavailable: no container can be made.
+            ImageUnavailable: the daemon cannot have the image.
+        """
+        posture = await self.probe()
+        if self._yard is None:
+            raise BackendUnavailable(posture.reason, hint=posture.hint)
+        async with self._box(self._yard, profile) as box:
+            yield box
+
+    @contextlib.asynccontextmanager
+    async def _box(self, yard: _Yard, profile: Profile) -> AsyncIterator[DockerBox]:
+        assert self._client is not None
+        name = f"cloche-{profile.run_id}-{secrets.token_hex(4)}"
+        async with AsyncExitStack() as stack:
+            with _translated("made"):
+                await self._create(yard, profile, name, stack)
+                connection = await stack.enter_async_context(self._client.attach(name))
+                await self._start(yard, profile, name)
+                if (pids := manifest.start_pids(profile, yard.ground)) is not None:
+                    await self._client.update(name, {"PidsLimit": pids})
+            yield DockerBox(self._client, name, connection, yard.volume.doubt)
+
+    async def _create(self, yard: _Yard, profile: Profile, name: str, stack: AsyncExitStack) -> None:
+        assert self._client is not None
+        wanted = profile.image or self._settings.image
+        expires = profile.expires_at + await self._clock_offset()
+        for is_last in (False, True):
+            image = await yard.images.ensure(wanted)
+            await yard.volume.ensure(yard.ground, image.id)
+            labels = manifest.labels(profile, yard.ground, expires)
+            body = manifest.container(profile, yard.ground, image.id, image.volumes, labels)
+            stack.push_async_callback(self._remove, name)
+            try:
+                with anyio.fail_after(CREATE_S, shield=True):
+                    await self._client.create(name, body)
+            except TimeoutError:
+                raise BackendUnavailable(
+                    f"The Docker daemon made no container within {CREATE_S:g} s.",
+                    hint="Look at its log and at the load of its host.",
+                    retryable=True,
+                ) from None
+            except Refused as exc:
+                stack.pop_all()  # nothing was made
+                if exc.status != 404 or is_last:
+                    raise
+                yard.images.forget(wanted)  # removed since we looked
+            else:
+                return
+
+    async def _start(self, yard: _Yard, profile: Profile, name: str) -> None:
+        assert self._client is not None
+        try:
+            await self._client.start(name)
+        except Refused as exc:
+            if shape.SUPERVISOR not in exc.message:
+                raise
+            log.info("the supervisor is not in its volume any more: %s", exc.message)
+            image = await yard.images.ensure(profile.image or self._settings.image)
+            await yard.volume.ensure(yard.ground, image.id, doubted=True)
+            await self._client.start(name)
+
+    async def _clock_offset(self) -> float:
+        """The daemon's clock less ours, in seconds, as it was once; expiry is written and judged by the daemon's clock."""
+        assert self._client is not None
+        if self._clock_offset_s is None:
+            engine = await self._client.engine_time()
+            self._clock_offset_s = 0.0 if engine is None else engine - time.time()
+        return self._clock_offset_s
+
+    async def _remove(self, name: str) -> None:
+        """Kill and remove a container, whatever comes in between.
+
+        Raises:
+            EngineLost: it could not be removed, and is left to sweep.
+        """
+        assert self._client is not None
+        try:
+            with anyio.fail_after(REMOVE_S, shield=True):
+                while not await self._client.remove(name):
+                    await anyio.sleep(REMOVE_POLL_S)
+        except (HttpFailure, Refused, TimeoutError) as exc:
+            raise EngineLost(f"The container {name} could not be removed: {exc or 'it took too long'}.") from exc
+
+    # --- leftovers ----------------------------------------------------------------------------------------------------
+
+    async def sweep(self) -> Sequence[Leftover]:
+        """Remove what has expired by the daemon's clock, and what belongs to a dead process of this machine.
+
+        Raises:
+            HttpFailure, Refused: the daemon cannot be asked.
+        """
+        if self._client is None or self._yard is None:
+            return ()
+        client, engine = self._client, await self._client.engine_time()
+        now = time.time() if engine is None else engine
+        found: list[Leftover] = []
+        for container in await client.containers(manifest.LABEL_EXPIRES):
+            reason = await self._reason_to_remove(container, now)
+            if reason:
+                found.append(await self._sweep_one("container", container.name, reason))
+        for volume in await client.volumes(manifest.LABEL_EXPIRES):
+            if _expired(volume, now):
+                found.append(await self._sweep_one("volume", volume.name, "it has expired"))
+        await to_thread.run_sync(_forget_the_dead)
+        return [leftover for leftover in found if leftover.reason]
+
+    async def _reason_to_remove(self, container: Labelled, now: float) -> str:
+        """Empty: it may be a living run's."""
+        owner, place = container.labels.get(manifest.LABEL_OWNER, ""), container.labels.get(manifest.LABEL_PLACE)
+        if owner == self._owner_name:
+            return ""
+        if _expired(container, now):
+            return "it has expired"
+        ours = self._yard.ground.place if self._yard is not None else None
+        if place is None or place != ours or await to_thread.run_sync(_is_alive, owner):
+            return ""
+        return f"owner {owner} is dead"
+
+    async def _sweep_one(self, kind: str, name: str, reason: str) -> Leftover:
+        """A volume that is in use stays, and is no leftover: its reason is empty then."""
+        assert self._client is not None
+        try:
+            if kind == "volume":
+                await self._client.remove_volume(name)
+            else:
+                await self._client.remove(name)
+        except Refused as exc:
+            in_use = kind == "volume" and exc.status == 409
+            return Leftover(kind, name, removed=False, reason="" if in_use else exc.message)
+        except HttpFailure as exc:
+            return Leftover(kind, name, removed=False, reason=str(exc))
+        return Leftover(kind, name, removed=True, reason=reason)
+
+    async def aclose(self) -> None:
+        """Close the connections, and give up the owner's lock."""
+        self._yard = None
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+        if self._owner is not None:
+            self._owner.close()
+            self._owner = None
+
+
+def _expired(found: Labelled, now: float) -> bool:
+    expires = found.labels.get(manifest.LABEL_EXPIRES, "")
+    return expires.isdecimal() and int(expires) < now
+
+
+def _is_alive(owner: str) -> bool:
+    return owners.is_alive(owners.state_folder(), owner)
+
+
+def _forget_the_dead() -> None:
+    """Remove the locks of dead owners that noted no folder: theirs was nothing but containers."""
+    if owners.fcntl is None:
+        return
+    with contextlib.suppress(OSError):
+        for owner in owners.dead(owners.state_folder()):
+            owner.left |= bool(owner.folders)
+
+
+def _image_arch(machine: str) -> str:
+    """An architecture as images name it (Go's names), which daemons mostly use too."""
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+
+
+def _engine(daemon: Daemon, runtime: str | None) -> str:
+    name = daemon.version.name
+    return f"{name}, runtime {runtime}" if runtime else name
+
+
+async def _listen(box: DockerBox) -> tuple[bytes, Hardening]:
+    """What a trial box's script wrote, and what its supervisor could apply.
+
+    Raises:
+        BackendUnavailable: it did not come to that.
+    """
+    decoder, said, last = Decoder(), b"", None
+    try:
+        async for data in box.output():
+            for frame in decoder.feed(data):
+                last = frame
+                if isinstance(frame, Data) and frame.stream == "stdout":
+                    said += frame.data
+            if decoder.finished:
+                break
+    except FrameError as exc:
+        raise BackendUnavailable(f"The trial box gave no frames: {exc}.") from exc
+    if isinstance(last, End) and last.exit_code == 0:
+        return said, last.hardening
+    reason = last.message if isinstance(last, Fail) else (await box.fate()).message
+    raise BackendUnavailable(f"A trial box could not be made: {reason}")
+
+
+@contextlib.contextmanager
+def _translated(done: str) -> Iterator[None]:
+    """The client's two kinds of error become cloche's: by then nothing of the script has run."""
+    try:
+        yield
+    except Refused as exc:
+        raise _refused(exc, done) from exc
+    except HttpFailure as exc:
+        raise BackendUnavailable(
+            f"The Docker daemon was lost while a container was being {done}: {exc}.",
+            hint="Look at the daemon's log, then try again.",
+            retryable=True,
+        ) from exc
+
+
+def _refused(exc: Refused, done: str) -> ClocheError:
+    message = exc.message.rstrip(".")
+    if "runtime" in message and ("unknown" in message or "invalid" in message) and "OCI" not in message:
+        return BackendUnavailable(
+            f"The Docker daemon does not have the runtime: {message}.",
+            hint="Set CLOCHE_DOCKER_RUNTIME to one that `docker info` lists, or add it to the daemon's configuration.",
+        )
+    if exc.status == 404 and "image" in message.lower():
+        return ImageUnavailable(f"The image was removed from the daemon: {message}.", retryable=True)
+    return BackendUnavailable(
+        f"The Docker daemon refused: no container was {done}: {message}.", hint="Look at the daemon's log."
+    )

@@ -1,0 +1,176 @@
+"""Profile → the bodies of requests to the daemon. Pure.
+
+Nothing of the script stands in them: whoever may list containers sees limits, labels and the supervisor's options.
+
+The container's first process is the supervisor as root, with four capabilities and nothing else: to give the script a uid
+and gid without any (SETUID, SETGID), to empty the script's bounding set (SETPCAP), to end it (KILL). So the script and its
+guard are two users, the workspace belongs to the other one, and both hold under gVisor and old daemons too, where there is
+no Landlock and no mount that could be made read-only later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cloche.backends import shape
+from cloche.backends.contract import Profile
+from cloche.spec import Network
+
+CAPABILITIES = ("KILL", "SETGID", "SETPCAP", "SETUID")
+LABEL_RUN = "cloche.run"
+LABEL_OWNER = "cloche.owner"
+LABEL_EXPIRES = "cloche.expires"
+"""Unix time in whole seconds, by the daemon's clock, from which on anybody may remove the thing."""
+LABEL_PLACE = "cloche.place"
+"""Where the owner's lock is: only who shares that folder can tell whether the owner lives."""
+START_PIDS = 32
+"""runc's own threads count while the container starts; a bound below is set after that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What of the daemon and the settings goes into every container."""
+
+    volume: str
+    """The name of the volume that holds the supervisor."""
+    place: str | None = None
+    runtime: str | None = None
+    cpus: int = 0
+    """Of the engine's host; it refuses to give more. 0: not known."""
+    memory_limit: bool = True
+    """Whether the engine can bound memory; else the supervisor watches over it."""
+    guest_kernel: bool = False
+    """Whether the runtime has a kernel of its own: then the engine's limits bound that kernel, not the script alone."""
+
+
+GUEST_MEMORY_BYTES = 64 * 2**20
+"""What gVisor's own processes may take beside what the script has; measured with runsc release-20260905: 20 to 40 MiB."""
+GUEST_PIDS = 512
+"""gVisor's own threads on the host, some of them for each of the script's; the script's processes are bounded inside."""
+
+
+def labels(profile: Profile, ground: Ground, expires_at: float) -> dict[str, str]:
+    """What tells whose a container is. ``expires_at`` is by the daemon's clock."""
+    found = {
+        LABEL_RUN: profile.run_id,
+        LABEL_OWNER: profile.owner,
+        LABEL_EXPIRES: str(int(expires_at)),
+    }
+    return found if ground.place is None else {**found, LABEL_PLACE: ground.place}
+
+
+def container(
+    profile: Profile, ground: Ground, image: str, image_volumes: tuple[str, ...], labels: Mapping[str, str]
+) -> dict[str, Any]:
+    """The body of ``POST /containers/create``.
+
+    ``image_volumes`` are paths at which the image wants a writable volume on the host's disk; it gets an empty, read-only
+    mount there.
+    """
+    host = {
+        "ReadonlyRootfs": True,
+        "CapDrop": ["ALL"],
+        "CapAdd": list(CAPABILITIES),
+        "SecurityOpt": ["no-new-privileges"],
+        "NetworkMode": "none" if profile.network is Network.NONE else "default",
+        "IpcMode": "none",  # a namespace of its own, without the engine's writable /dev/shm and /dev/mqueue
+        "Tmpfs": _mounts(profile, image_volumes),
+        "Mounts": [_supervisor_mount(ground, read_only=True)],
+        "LogConfig": {"Type": "none", "Config": {}},
+        "Init": False,
+        "AutoRemove": False,
+        **_limits(profile, ground),
+    }
+    if ground.runtime is not None:
+        host["Runtime"] = ground.runtime
+    return {
+        "Image": image,
+        "Hostname": shape.HOSTNAME,
+        "User": "0:0",
+        "Entrypoint": _supervisor(profile, ground),
+        "Cmd": [],
+        "Env": [],
+        "WorkingDir": "/",
+        "Labels": dict(labels),
+        "Healthcheck": {"Test": ["NONE"]},
+        "StopSignal": "SIGKILL",  # who stops it from outside ends it: that is no cancelled run
+        "Tty": False,
+        "OpenStdin": True,
+        "StdinOnce": True,
+        "AttachStdin": True,
+        "AttachStdout": True,
+        "AttachStderr": True,
+        "HostConfig": host,
+    }
+
+
+def start_pids(profile: Profile, ground: Ground) -> int | None:
+    """The bound of processes to set after the start, where it could not be set before; None: it was."""
+    return profile.limits.pids if not ground.guest_kernel and profile.limits.pids < START_PIDS else None
+
+
+def volume(name: str, labels: Mapping[str, str]) -> dict[str, Any]:
+    """The body of ``POST /volumes/create``."""
+    return {"Name": name, "Labels": dict(labels)}
+
+
+def filler(ground: Ground, image: str, labels: Mapping[str, str]) -> dict[str, Any]:
+    """The body for a container that is never started: through it the supervisor gets into its volume."""
+    return {
+        "Image": image,
+        "Entrypoint": [shape.SUPERVISOR],
+        "Cmd": [],
+        "Labels": dict(labels),
+        "HostConfig": {
+            "NetworkMode": "none",
+            "Mounts": [_supervisor_mount(ground, read_only=False)],
+            "LogConfig": {"Type": "none", "Config": {}},
+        },
+    }
+
+
+def _supervisor_mount(ground: Ground, *, read_only: bool) -> dict[str, Any]:
+    return {
+        "Type": "volume",
+        "Source": ground.volume,
+        "Target": shape.SUPERVISOR_FOLDER,
+        "ReadOnly": read_only,
+        "VolumeOptions": {"NoCopy": True},
+    }
+
+
+def _mounts(profile: Profile, image_volumes: tuple[str, ...]) -> dict[str, str]:
+    ours = f"nr_inodes={shape.INODES},uid={shape.BOX_UID},gid={shape.BOX_UID}"
+    each = shape.writable_bytes(profile.limits)
+    mounts = {path: "ro,nosuid,nodev,noexec,size=4k,nr_inodes=2" for path in image_volumes}
+    mounts[shape.WORKSPACE] = f"rw,exec,nosuid,nodev,mode=0755,size={shape.workspace_bytes(profile)}"
+    for path in shape.WRITABLES:
+        mode = "0755" if path == "/output" else "1777"
+        mounts[path] = f"rw,exec,nosuid,nodev,mode={mode},size={each},{ours}"
+    return mounts
+
+
+def _limits(profile: Profile, ground: Ground) -> dict[str, Any]:
+    limits = profile.limits
+    guest = ground.guest_kernel
+    cpus = min(limits.cpus, float(ground.cpus)) if ground.cpus else limits.cpus
+    found: dict[str, Any] = {
+        "NanoCpus": max(10**7, round(cpus * 10**9)),  # the engine takes no less than a hundredth
+        "PidsLimit": limits.pids + GUEST_PIDS if guest else max(limits.pids, START_PIDS),
+    }
+    if ground.memory_limit:
+        memory = shape.memory_limit_bytes(profile) + (GUEST_MEMORY_BYTES if guest else 0)
+        # Both the same: no swap.
+        found |= {"Memory": memory, "MemorySwap": memory}
+    return found
+
+
+def _supervisor(profile: Profile, ground: Ground) -> list[str]:
+    uid = str(shape.BOX_UID)
+    command = [shape.SUPERVISOR, "run", "--script-uid", uid, "--script-gid", uid, "--lifeline"]
+    command += ["--fsize", str(shape.file_size_limit_bytes(profile.limits))]
+    if not ground.memory_limit:
+        command += ["--memory-watch", str(profile.limits.memory_bytes)]
+    return command
