@@ -14,17 +14,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests import daemons
+
 GRACE_S = 5.0
 """Removal goes on after a result. On a busy machine it takes a while; what is still there after this time is left behind."""
 PROGRAMS = (b"bwrap", b"cloche-supervisor")
 STANDBY = ("cloche-guard", "cloche-standby")
-LASTING = ("shelf",)
-"""Made once and kept: the empty folder on which a root cloche builds its boxes."""
+LASTING = ("shelf", "place")
+"""Made once and kept: the empty folder on which a root cloche builds its boxes, and the name of the folder of locks."""
 
 
 def now() -> frozenset[str]:
     """All there is at this moment, as text for people."""
-    return frozenset({*_processes(), *_cgroups(), *_owner_files(), *_folders()})
+    containers = daemons.all_remains(frozenset(_owners_of_others()))
+    return frozenset({*_processes(), *_cgroups(), *_owner_files(), *_folders(), *containers})
 
 
 def beside_standby() -> frozenset[str]:
@@ -140,7 +143,7 @@ def _cgroups() -> Iterator[str]:
     for folder, folders, _ in os.walk("/sys/fs/cgroup"):
         for name in [name for name in folders if name.startswith("cloche")]:
             folders.remove(name)
-            if not any(owner in name for owner in others):
+            if not name.startswith("cloche-engine") and not any(owner in name for owner in others):
                 yield f"cgroup {folder}/{name}"
 
 
@@ -156,7 +159,7 @@ def _folders() -> Iterator[str]:
     }:
         with contextlib.suppress(OSError):
             for path in Path(top).iterdir():
-                if path.name.startswith("cloche-vm"):
-                    continue  # machines of tests/engines
+                if path.name.startswith(("cloche-vm", "cloche-engines")):
+                    continue  # engines of tests/engines
                 if path.name.startswith("cloche") and path not in kept and path.stat().st_uid == os.geteuid():
                     yield f"path {path}"

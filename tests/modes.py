@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import anyio
-from tests import leftovers
+from tests import daemons, leftovers
 
 from cloche.testing.conformance import Target, absent
 
@@ -44,7 +44,54 @@ def local() -> Target:
     return Target("local", interpreters=offered, count_boxes=count_local_boxes, remains=leftovers.beside_standby)
 
 
-MODES: Mapping[str, Callable[[], Target]] = {"local": local}
+def _daemon(variable: str, **settings: str) -> Target:
+    """A daemon that an environment variable names; nobody's where it is not set."""
+    host = os.environ.get(variable, "")
+    image = os.environ.get("CLOCHE_TEST_DOCKER_IMAGE", "cloche-test/sandbox:1")
+    guest = "CLOCHE_DOCKER_RUNTIME" in settings
+    if not host or not all(settings.values()):
+        return Target("docker", {"CLOCHE_DOCKER_HOST": "unix:///set/with/" + variable})
+    return Target(
+        "docker",
+        {"CLOCHE_DOCKER_HOST": host, "CLOCHE_IMAGE": image, "CLOCHE_PULL": "never", **settings},
+        interpreters=frozenset({"python3", "sh", "bash", "node", "perl"}),
+        on_this_host=not guest and Path(host.removeprefix("unix://")).exists(),
+        count_boxes=lambda: daemons.count_boxes(host),
+        remains=lambda: frozenset(daemons.remains(host)),
+    )
+
+
+def docker() -> Target:
+    """The daemon of CLOCHE_TEST_DOCKER_HOST, with its default runtime."""
+    return _daemon("CLOCHE_TEST_DOCKER_HOST")
+
+
+def docker_guest() -> Target:
+    """The same, with the runtime of CLOCHE_TEST_DOCKER_RUNTIME, which has a kernel of its own."""
+    runtime = os.environ.get("CLOCHE_TEST_DOCKER_RUNTIME", "")
+    return _daemon("CLOCHE_TEST_DOCKER_HOST", CLOCHE_DOCKER_RUNTIME=runtime)
+
+
+def docker_old() -> Target:
+    """The oldest daemon that people still have."""
+    return _daemon("CLOCHE_TEST_DOCKER_OLD_HOST")
+
+
+def podman() -> Target:
+    """Podman's compatible socket."""
+    return _daemon("CLOCHE_TEST_PODMAN_HOST")
+
+
+MODES: Mapping[str, Callable[[], Target]] = {
+    "local": local,
+    "docker": docker,
+    "docker-guest": docker_guest,
+    "docker-old": docker_old,
+    "podman": podman,
+}
+"""By the name of CLOCHE_MUST_WORK. There can be several targets of one mode."""
+EXTRAS = ("docker-guest", "docker-old", "podman")
+"""Engines of a kind that is tried elsewhere too: each has to be demanded by its own name."""
 
 
 def ready(mode: str) -> Target:

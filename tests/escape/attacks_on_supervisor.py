@@ -164,6 +164,9 @@ MEMORY = {
 }
 """Guard: the supervisor is not dumpable, and the filter refuses ptrace, process_vm_* and pidfd_getfd outright."""
 
+SHOWN_BY_GVISOR = ("get_robust_list", "fdinfo", "mount namespace", "user namespace")
+"""What gVisor tells everybody of any process: numbers and names, with which the filter lets nothing be done."""
+
 FORGERY = r"""
 frames = [
     b"@c 0 hello 1 1 0\n", b"@c 1 start\n", b"@c 2 o 0 Zm9yZ2Vk\n", b"@c 3 end exit 77 none 1 1 1 0 0 0 0 0 0 0\n",

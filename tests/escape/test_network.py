@@ -194,8 +194,19 @@ async def test_no_network(sandbox: cloche.Sandbox, listeners: Listeners) -> None
         "abstract names of the host": f"{listeners.abstract!r} in open('/proc/net/unix').read()",
         "routes": "open('/proc/net/route').read().splitlines()[1:]",
         "tun device": "openable('/dev/net/tun', os.O_RDWR)",
+        # TUNSETIFF (linux/if_tun.h) for IFF_TUN | IFF_NO_PI
+        "tun interface": (
+            "fcntl.ioctl(os.open('/dev/net/tun', os.O_RDWR), 0x400454CA, struct.pack('16sH22x', b'escape', 0x1001))"
+        ),
     }
-    await attack(sandbox, attempts, setup=SETUP, also_refused=(*NETWORK_SAYS_NO, "EINVAL"), timeout=30)
+    await attack(
+        sandbox,
+        attempts,
+        setup=SETUP,
+        also_refused=(*NETWORK_SAYS_NO, "EINVAL"),
+        no_gain_in_a_guest=("tun device",),
+        timeout=30,
+    )
     assert listeners.heard == []
 
 

@@ -27,7 +27,7 @@ TABLES = {
 @pytest.mark.parametrize("table", TABLES)
 async def test_refused(sandbox: cloche.Sandbox, table: str) -> None:
     """The supervisor cannot be signalled, traced, read, limited or slowed. Guards: see each table."""
-    await attack(sandbox, TABLES[table], setup=attacks.SETUP)
+    await attack(sandbox, TABLES[table], setup=attacks.SETUP, no_gain_in_a_guest=attacks.SHOWN_BY_GVISOR)
 
 
 STAND_IN = """

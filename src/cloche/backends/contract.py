@@ -1,6 +1,6 @@
 """The contract between the runtime and an engine. Small enough to recite:
 
-a :class:`Backend` is probed, opens a :class:`Box` from a :class:`Profile`, and sweeps what the dead left; a box is fed one
+a :class:`Backend` is probed and prepared, opens a :class:`Box` from a :class:`Profile`, and sweeps what the dead left; a box is fed one
 bundle, gives out the supervisor's frames, and can tell its fate.
 """
 
@@ -113,6 +113,14 @@ class Backend(Protocol):
 
     async def probe(self) -> Posture:
         """What works here. Raises nothing: that it cannot be used is a value with a reason."""
+        ...
+
+    async def prepare(self) -> None:
+        """Do in the background what the first run would have to wait for, such as pulling the image. Once, after the probe.
+
+        Raises:
+            ClocheError: it cannot be done; a run that needs it will say so too.
+        """
         ...
 
     def open(self, profile: Profile) -> AbstractAsyncContextManager[Box]:

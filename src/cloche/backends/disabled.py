@@ -41,6 +41,9 @@ class DisabledBackend:
             hint=SandboxDisabled.default_hint,
         )
 
+    async def prepare(self) -> None:
+        """There is nothing to prepare."""
+
     def open(self, profile: Profile) -> AbstractAsyncContextManager[Box]:
         """Refuse.
 

@@ -10,7 +10,7 @@ from cloche.errors import ClocheError, ProtocolError
 from cloche.events import Artifact, Event, Finished, Outcome, Output, Started, StreamName, Usage
 from cloche.result import error_class
 from cloche.spec import Limits
-from cloche.supervisor.frames import Data, End, Fail, File, FileData, Frame, Hello, Start
+from cloche.supervisor.frames import Data, End, Fail, File, FileData, Frame, Hardening, Hello, Start
 
 _TOO_MUCH = "Something that is not cloche's supervisor may have written it; do not trust this run, and report it."
 
@@ -131,6 +131,16 @@ class Assembler:
             run_ms=end.run_us / 1000,
             usage=Usage(end.cpu_us / 1000, end.peak_memory_bytes or None, end.oom_kills),
         )
+
+
+def unexplained(frame: Frame) -> bool:
+    """Whether a script failed in a box whose supervisor cannot see if memory was what it lacked.
+
+    Under a kernel of the box's own it is the engine that counts, not the box.
+    """
+    if not isinstance(frame, End) or frame.cause != "none" or frame.exit_code == 0:
+        return False
+    return not frame.hardening & (Hardening.OOM_COUNTER | Hardening.MEMORY_WATCH)
 
 
 def _outcome(end: End) -> Outcome:

@@ -10,7 +10,7 @@ import anyio
 
 from cloche.backends import BackendFactory
 from cloche.backends.contract import Backend, Capabilities
-from cloche.errors import BackendUnavailable, IsolationUnavailable
+from cloche.errors import BackendUnavailable, ClocheError, IsolationUnavailable
 from cloche.isolation import Isolation, Posture
 from cloche.settings import Mode, Settings
 
@@ -48,6 +48,16 @@ async def choose(settings: Settings, owner: str, table: Mapping[str, BackendFact
         return chosen
     await let_go(chosen.backend)
     return await _in_its_place(settings, owner, table, chosen.posture)
+
+
+async def prepare(backend: Backend) -> None:
+    """Have a backend prepare itself. What goes wrong is logged: a run that needs it fails with it."""
+    try:
+        await backend.prepare()
+    except ClocheError as exc:
+        _log.info("%s", exc.message)
+    except Exception:  # noqa: BLE001 (an engine may fail in any way; nobody waits for this)
+        _log.exception("the backend of the mode %s could not be prepared", backend.capabilities().mode)
 
 
 async def let_go(backend: Backend) -> None:

@@ -21,7 +21,7 @@ from cloche.backends.contract import Box, FateKind, Profile
 from cloche.errors import BackendUnavailable, EngineLost, ImageUnavailable, StartTimeout, Unschedulable
 from cloche.events import Event, Finished, Outcome, Started
 from cloche.runtime.admission import Admission
-from cloche.runtime.assemble import Assembler
+from cloche.runtime.assemble import Assembler, unexplained
 from cloche.runtime.choose import Chosen
 from cloche.runtime.deadline import Deadline
 from cloche.runtime.delivery import Bounds, Delivery, deliver
@@ -229,11 +229,21 @@ class Run:
                     for event in self._assembler.add(frame):
                         if isinstance(event, Finished):
                             self._script_ended(event.run_ms)
-                            return event
+                            return await self._with_engines_word(box, event) if unexplained(frame) else event
                         self._emit(event)
             return await self._without_last_frame(box)
         except Exception as exc:  # noqa: BLE001 (an exception group is no error of cloche's)
             return exc
+
+    async def _with_engines_word(self, box: Box, event: Finished) -> Finished:
+        """The end of a script that may have been out of memory, where the supervisor could not see that: the engine can."""
+        fate = await box.fate()
+        if fate.kind is not FateKind.OOM_KILLED:
+            return event
+        usage = replace(event.usage, oom_kills=max(1, event.usage.oom_kills))
+        if event.signal == "SIGKILL":
+            return replace(event, outcome=Outcome.OUT_OF_MEMORY, signal=None, usage=usage)
+        return replace(event, usage=usage)
 
     def _script_started(self) -> None:
         self._deadline.start(anyio.current_time())

@@ -130,6 +130,8 @@ def _from_context(settings: Settings, config: Path) -> tuple[str | None, str | N
         with open(config / "contexts" / "meta" / digest / "meta.json", "rb") as file:
             endpoint = json.loads(file.read(MAX_CONFIG_BYTES))["Endpoints"]["docker"]
         host, skips = endpoint["Host"], bool(endpoint.get("SkipTLSVerify", False))
+        if not isinstance(host, str):
+            raise TypeError("the host is no text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BackendUnavailable(
             f"The Docker context {name!r} cannot be read.",

@@ -45,7 +45,7 @@ class Ground:
     """Whether the runtime has a kernel of its own: then the engine's limits bound that kernel, not the script alone."""
 
 
-GUEST_MEMORY_BYTES = 64 * 2**20
+GUEST_MEMORY_BYTES = 40 * 2**20
 """What gVisor's own processes may take beside what the script has; measured with runsc release-20260905: 20 to 40 MiB."""
 GUEST_PIDS = 512
 """gVisor's own threads on the host, some of them for each of the script's; the script's processes are bounded inside."""
@@ -171,6 +171,9 @@ def _supervisor(profile: Profile, ground: Ground) -> list[str]:
     uid = str(shape.BOX_UID)
     command = [shape.SUPERVISOR, "run", "--script-uid", uid, "--script-gid", uid, "--lifeline"]
     command += ["--fsize", str(shape.file_size_limit_bytes(profile.limits))]
+    if ground.guest_kernel:
+        # gVisor counts a user's processes in its own kernel; the supervisor is another user, and one of the number.
+        command += ["--nproc", str(profile.limits.pids - 1)]
     if not ground.memory_limit:
         command += ["--memory-watch", str(profile.limits.memory_bytes)]
     return command

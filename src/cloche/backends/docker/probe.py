@@ -161,8 +161,8 @@ def guarantees(daemon: Daemon, seen: Hardening | None, *, guest: bool) -> tuple[
         ),
         asked(
             "process-limit",
-            offered=info.pids_limit,
-            yes="a cgroup of the engine's bounds processes" + (", those of the guest kernel" if guest else ""),
+            offered=info.pids_limit or guest,
+            yes="the guest kernel counts them (RLIMIT_NPROC)" if guest else "a cgroup of the engine's bounds processes",
             no="the daemon cannot limit processes",
             advice="Give the daemon the pids controller (docs/backends/docker.md, rootless).",
         ),

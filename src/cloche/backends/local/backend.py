@@ -240,6 +240,9 @@ class LocalBackend:
         )
         return _Ground(bubblewrap, flavour, layout, posture)
 
+    async def prepare(self) -> None:
+        """Nothing takes long enough."""
+
     @contextlib.asynccontextmanager
     async def open(self, profile: Profile) -> AsyncIterator[Box]:
         """Make a box and start its supervisor.

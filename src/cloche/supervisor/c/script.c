@@ -132,7 +132,12 @@ bool script_start(struct script *s, const struct options *o, const struct plan *
 	int out[2] = {-1, -1}, err[2] = {-1, -1}, tell[2] = {-1, -1};
 	struct report report = {0};
 
-	if (pipe2(out, O_CLOEXEC) || pipe2(err, O_CLOEXEC) || pipe2(tell, O_CLOEXEC)) {
+	/* As the script, whose own its stdout and stderr are: it may open /dev/stdout again. */
+	bool made = become_script(o) && pipe2(out, O_CLOEXEC) == 0 && pipe2(err, O_CLOEXEC) == 0;
+	int error = errno;
+
+	if (!become_supervisor() || !made || pipe2(tell, O_CLOEXEC) != 0) {
+		errno = made ? errno : error;
 		frame_fail("backend-unavailable", "No pipes for the script: %s.", strerror(errno));
 		return false;
 	}

@@ -56,7 +56,8 @@ IMPORTS = "import os, signal, subprocess, sys, time\nprint('before', flush=True)
 
 
 def _script(body: str, word: str) -> cloche.Spec:
-    return cloche.Spec(name="main.py", content=IMPORTS + body, args=[word], timeout=LIMIT_S)
+    # A kernel of the box's own takes several MiB for each process.
+    return cloche.Spec(name="main.py", content=IMPORTS + body, args=[word], timeout=LIMIT_S, memory="1Gi")
 
 
 class Clock(Suite):
@@ -102,7 +103,9 @@ class Clock(Suite):
         """The result comes when the main process ends, whoever holds its pipes; what it left behind is killed."""
         word = observe.marker()
         begin = time.monotonic()
-        spec = cloche.Spec(name="main.py", content=f"{IMPORTS}{ORPHANS[name]}\nos._exit(6)\n", args=[word], timeout=20)
+        spec = cloche.Spec(
+            name="main.py", content=f"{IMPORTS}{ORPHANS[name]}\nos._exit(6)\n", args=[word], timeout=20, memory="1Gi"
+        )
         result = await sandbox.run(spec)
         took = time.monotonic() - begin
         assert_exited(result, 6)

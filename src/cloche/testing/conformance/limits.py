@@ -134,7 +134,7 @@ class Limits(Suite):
         """
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch)
-            result = await sandbox.run(python(source, args=[word], timeout=2, pids=64))
+            result = await sandbox.run(python(source, args=[word], timeout=2, pids=64, memory="1Gi"))
             tasks.cancel_scope.cancel()
         assert result.outcome is cloche.Outcome.TIMED_OUT
         assert slowest < 2, f"starting /bin/true on the host took {slowest:.1f} s"
@@ -159,12 +159,36 @@ class Limits(Suite):
                 print(len(children))
                 """,
                 pids=40,
+                memory="1Gi",  # a kernel of the box's own takes several MiB for each process
             )
         )
         assert_exited(result)
         errno, children = map(int, result.stdout.split())
         assert errno == 11
         assert 20 <= children <= 40
+
+    async def test_few_pids(self, sandbox: cloche.Sandbox) -> None:
+        """A bound so low that an engine's own helpers would meet it holds all the same, and lets the script start."""
+        result = await sandbox.run(
+            python(
+                """
+                import os, signal
+                children = []
+                try:
+                    while len(children) < 100:
+                        pid = os.fork()
+                        if pid == 0:
+                            signal.pause()
+                        children.append(pid)
+                except OSError:
+                    pass
+                print(len(children))
+                """,
+                pids=5,
+            )
+        )
+        assert_exited(result)
+        assert 1 <= int(result.stdout) <= 5
 
     @pytest.mark.parametrize("folder", ["/tmp", "/output", "/dev/shm"])
     async def test_disk(self, sandbox: cloche.Sandbox, folder: str) -> None:
