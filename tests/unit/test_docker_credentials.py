@@ -37,7 +37,9 @@ def helper(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     monkeypatch.setenv("PATH", str(folder), prepend=":")
 
 
-@pytest.mark.parametrize("key", ["registry.example:5000", "https://registry.example:5000/v2/", "http://registry.example:5000"])
+@pytest.mark.parametrize(
+    "key", ["registry.example:5000", "https://registry.example:5000/v2/", "http://registry.example:5000"]
+)
 def test_from_the_file(tmp_path: Path, key: str) -> None:
     """User and password of config.json, also under the addresses that older versions wrote."""
     write_config(tmp_path, auths={key: {"auth": encoded("me:pass:word")}})
@@ -61,7 +63,9 @@ def test_identity_token(tmp_path: Path) -> None:
 def test_from_a_helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: dict[str, Any]) -> None:
     """A credential helper is asked for the registry by its name."""
     write_config(tmp_path, **where)
-    helper(tmp_path, monkeypatch, 'printf \'{"ServerURL": "%s", "Username": "me", "Secret": "s-%s"}\' "$server" "$server"')
+    helper(
+        tmp_path, monkeypatch, 'printf \'{"ServerURL": "%s", "Username": "me", "Secret": "s-%s"}\' "$server" "$server"'
+    )
     found = read(registry_auth(tmp_path, "r.example"))
     assert (found["username"], found["password"]) == ("me", "s-r.example")
 
@@ -90,7 +94,15 @@ def test_a_helper_that_is_none(tmp_path: Path, name: Any) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "nonsense", "[]", '{"auths": 1}', '{"auths": {"r.example": 1}}', '{"auths": {"r.example": {"auth": "%%%"}}}', "{}"],
+    [
+        "",
+        "nonsense",
+        "[]",
+        '{"auths": 1}',
+        '{"auths": {"r.example": 1}}',
+        '{"auths": {"r.example": {"auth": "%%%"}}}',
+        "{}",
+    ],
 )
 def test_nothing_to_show(tmp_path: Path, text: str) -> None:
     """A file that is broken, or has nothing for the registry, gives no credentials and no error."""
@@ -142,7 +154,9 @@ def test_certificates_without_verifying(tmp_path: Path) -> None:
     assert found.server.base == "https://h:2376"
 
 
-@pytest.mark.parametrize("host", ["ssh://me@h", "npipe:////./pipe/docker", "h:2375", "unix://docker.sock", "tcp://", "tcp://h:x"])
+@pytest.mark.parametrize(
+    "host", ["ssh://me@h", "npipe:////./pipe/docker", "h:2375", "unix://docker.sock", "tcp://", "tcp://h:x"]
+)
 def test_addresses_that_cannot_be(tmp_path: Path, host: str) -> None:
     """An address that is malformed or of a form that is not spoken says so, with the forms that are."""
     with pytest.raises(cloche.BackendUnavailable) as caught:

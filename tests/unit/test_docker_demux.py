@@ -40,7 +40,9 @@ def test_a_piece_is_handed_on_as_it_comes() -> None:
     assert demux.cut
 
 
-@pytest.mark.parametrize("header", [b"\x00\0\0\0\0\0\0\x01", b"\x03\0\0\0\0\0\0\x01", b"\x01\x01\0\0\0\0\0\x01", b"HTTP/1.1"])
+@pytest.mark.parametrize(
+    "header", [b"\x00\0\0\0\0\0\0\x01", b"\x03\0\0\0\0\0\0\x01", b"\x01\x01\0\0\0\0\0\x01", b"HTTP/1.1"]
+)
 def test_no_such_stream(header: bytes) -> None:
     """What has no header of such a stream is refused, not passed on as output."""
     with pytest.raises(DemuxError):

@@ -10,6 +10,7 @@ import pytest
 from cloche.backends import shape
 from cloche.backends.contract import Profile
 from cloche.backends.docker import manifest
+from cloche.backends.docker.facts import Image
 from cloche.backends.docker.manifest import Ground
 from cloche.spec import Limits, Network
 
@@ -24,7 +25,8 @@ def profile(limits: Limits | None = None, network: Network = Network.NONE) -> Pr
 
 def body(made_of: Profile | None = None, ground: Ground = GROUND, volumes: tuple[str, ...] = ()) -> dict[str, Any]:
     made_of = made_of or profile()
-    return manifest.container(made_of, ground, "sha256:1", volumes, manifest.labels(made_of, ground, 2000.5))
+    image = Image("sha256:1", "amd64", "linux", volumes)
+    return manifest.container(made_of, ground, image, manifest.labels(made_of, ground, 2000.5))
 
 
 def test_hardened() -> None:
@@ -72,7 +74,9 @@ def test_writable_places_are_bounded(memory: int) -> None:
         else:
             assert options["nr_inodes"] == "65536"
     assert sum(sizes[path] for path in shape.WRITABLES) <= memory // 2
-    assert int(made["Entrypoint"][made["Entrypoint"].index("--fsize") + 1]) >= max(sizes[path] for path in shape.WRITABLES)
+    assert int(made["Entrypoint"][made["Entrypoint"].index("--fsize") + 1]) >= max(
+        sizes[path] for path in shape.WRITABLES
+    )
 
 
 def test_limits() -> None:

@@ -6,9 +6,10 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import anyio
 from anyio import to_thread
@@ -191,55 +192,54 @@ class DockerBackend:
 
     @contextlib.asynccontextmanager
     async def _box(self, yard: _Yard, profile: Profile) -> AsyncIterator[DockerBox]:
-        assert self._client is not None
-        name = f"cloche-{profile.run_id}-{secrets.token_hex(4)}"
         async with AsyncExitStack() as stack:
             with _translated("made"):
-                await self._create(yard, profile, name, stack)
-                connection = await stack.enter_async_context(self._client.attach(name))
-                await self._start(yard, profile, name)
-                if (pids := manifest.start_pids(profile, yard.ground)) is not None:
-                    await self._client.update(name, {"PidsLimit": pids})
-            yield DockerBox(self._client, name, connection, yard.volume.doubt)
+                box = await self._start_box(yard, profile, stack)
+            yield box
 
-    async def _create(self, yard: _Yard, profile: Profile, name: str, stack: AsyncExitStack) -> None:
-        assert self._client is not None
+    async def _start_box(self, yard: _Yard, profile: Profile, stack: AsyncExitStack) -> DockerBox:
+        """A started container whose removal is on the stack. What was removed since we looked is looked for once more."""
         wanted = profile.image or self._settings.image
-        expires = profile.expires_at + await self._clock_offset()
-        for is_last in (False, True):
-            image = await yard.images.ensure(wanted)
-            await yard.volume.ensure(yard.ground, image.id)
-            labels = manifest.labels(profile, yard.ground, expires)
-            body = manifest.container(profile, yard.ground, image.id, image.volumes, labels)
-            stack.push_async_callback(self._remove, name)
-            try:
-                with anyio.fail_after(CREATE_S, shield=True):
-                    await self._client.create(name, body)
-            except TimeoutError:
-                raise BackendUnavailable(
-                    f"The Docker daemon made no container within {CREATE_S:g} s.",
-                    hint="Look at its log and at the load of its host.",
-                    retryable=True,
-                ) from None
-            except Refused as exc:
-                stack.pop_all()  # nothing was made
-                if exc.status != 404 or is_last:
-                    raise
-                yard.images.forget(wanted)  # removed since we looked
+        try:
+            return await self._attempt(yard, profile, stack)
+        except Refused as exc:
+            if exc.status == 404 and "image" in exc.message.lower():
+                yard.images.forget(wanted)
+            elif shape.SUPERVISOR in exc.message:
+                log.info("the supervisor is not in its volume any more: %s", exc.message)
+                yard.volume.doubt()
             else:
-                return
+                raise
+        return await self._attempt(yard, profile, stack)
 
-    async def _start(self, yard: _Yard, profile: Profile, name: str) -> None:
+    async def _attempt(self, yard: _Yard, profile: Profile, stack: AsyncExitStack) -> DockerBox:
+        """Raises: Refused, HttpFailure, ClocheError; with nothing left behind."""
+        assert self._client is not None
+        image = await yard.images.ensure(profile.image or self._settings.image)
+        await yard.volume.ensure(yard.ground, image.id)
+        labels = manifest.labels(profile, yard.ground, profile.expires_at + await self._clock_offset())
+        name = f"cloche-{profile.run_id}-{secrets.token_hex(4)}"
+        async with AsyncExitStack() as attempt:
+            attempt.push_async_callback(self._remove, name)
+            await self._create(name, manifest.container(profile, yard.ground, image, labels))
+            connection = await attempt.enter_async_context(self._client.attach(name))
+            await self._client.start(name)
+            if (pids := manifest.start_pids(profile, yard.ground)) is not None:
+                await self._client.update(name, {"PidsLimit": pids})
+            stack.push_async_exit(attempt.pop_all())
+            return DockerBox(self._client, name, connection, yard.volume.doubt)
+
+    async def _create(self, name: str, body: Mapping[str, Any]) -> None:
         assert self._client is not None
         try:
-            await self._client.start(name)
-        except Refused as exc:
-            if shape.SUPERVISOR not in exc.message:
-                raise
-            log.info("the supervisor is not in its volume any more: %s", exc.message)
-            image = await yard.images.ensure(profile.image or self._settings.image)
-            await yard.volume.ensure(yard.ground, image.id, doubted=True)
-            await self._client.start(name)
+            with anyio.fail_after(CREATE_S, shield=True):
+                await self._client.create(name, body)
+        except TimeoutError:
+            raise BackendUnavailable(
+                f"The Docker daemon made no container within {CREATE_S:g} s.",
+                hint="Look at its log and at the load of its host.",
+                retryable=True,
+            ) from None
 
     async def _clock_offset(self) -> float:
         """The daemon's clock less ours, in seconds, as it was once; expiry is written and judged by the daemon's clock."""

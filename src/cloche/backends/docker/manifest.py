@@ -16,6 +16,7 @@ from typing import Any
 
 from cloche.backends import shape
 from cloche.backends.contract import Profile
+from cloche.backends.docker.facts import Image
 from cloche.spec import Network
 
 CAPABILITIES = ("KILL", "SETGID", "SETPCAP", "SETUID")
@@ -61,13 +62,10 @@ def labels(profile: Profile, ground: Ground, expires_at: float) -> dict[str, str
     return found if ground.place is None else {**found, LABEL_PLACE: ground.place}
 
 
-def container(
-    profile: Profile, ground: Ground, image: str, image_volumes: tuple[str, ...], labels: Mapping[str, str]
-) -> dict[str, Any]:
+def container(profile: Profile, ground: Ground, image: Image, labels: Mapping[str, str]) -> dict[str, Any]:
     """The body of ``POST /containers/create``.
 
-    ``image_volumes`` are paths at which the image wants a writable volume on the host's disk; it gets an empty, read-only
-    mount there.
+    Where the image wants a writable volume on the host's disk, it gets an empty, read-only mount.
     """
     host = {
         "ReadonlyRootfs": True,
@@ -76,7 +74,7 @@ def container(
         "SecurityOpt": ["no-new-privileges"],
         "NetworkMode": "none" if profile.network is Network.NONE else "default",
         "IpcMode": "none",  # a namespace of its own, without the engine's writable /dev/shm and /dev/mqueue
-        "Tmpfs": _mounts(profile, image_volumes),
+        "Tmpfs": _mounts(profile, image.volumes),
         "Mounts": [_supervisor_mount(ground, read_only=True)],
         "LogConfig": {"Type": "none", "Config": {}},
         "Init": False,
@@ -86,7 +84,7 @@ def container(
     if ground.runtime is not None:
         host["Runtime"] = ground.runtime
     return {
-        "Image": image,
+        "Image": image.id,
         "Hostname": shape.HOSTNAME,
         "User": "0:0",
         "Entrypoint": _supervisor(profile, ground),

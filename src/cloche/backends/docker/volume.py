@@ -47,13 +47,13 @@ class SupervisorVolume:
         self.name = f"cloche-supervisor-{digest}"
         self._filler = f"cloche-fill-{digest}"
         self._lock = anyio.Lock()
-        self._trusted = False
+        self._trusted = self._doubted = False
 
     def doubt(self) -> None:
         """A box did not start as it should: look into the volume before the next one."""
-        self._trusted = False
+        self._trusted, self._doubted = False, True
 
-    async def ensure(self, ground: Ground, image: str, *, doubted: bool = False) -> None:
+    async def ensure(self, ground: Ground, image: str) -> None:
         """Have the supervisor in the volume. ``image`` is any that the daemon has.
 
         Raises:
@@ -61,9 +61,10 @@ class SupervisorVolume:
             Refused, HttpFailure: from the daemon.
         """
         async with self._lock:
-            if self._trusted and not doubted:
+            if self._trusted:
                 return
-            if doubted or await self._is_young():
+            if self._doubted or await self._is_young():
+                self._doubted = False
                 await self._fill(ground, image)
             self._trusted = True
 
