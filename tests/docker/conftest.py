@@ -38,9 +38,12 @@ def folder() -> Iterator[Path]:
 @pytest.fixture
 def daemon(folder: Path) -> Iterator[Daemon]:
     """A daemon of the test's own, which it may kill. It has the sandbox image."""
-    with private(Daemon("current", folder / "d")) as started:
+    started = private(Daemon("current", folder / "d"))
+    try:
         started.add(images.SANDBOX)
         yield started
+    finally:
+        started.close()
 
 
 def private(daemon: Daemon) -> Daemon:

@@ -106,7 +106,7 @@ def test_a_guest_kernel() -> None:
     host, command = made["HostConfig"], made["Entrypoint"]
     assert host["Runtime"] == "runsc"
     assert command[command.index("--nproc") + 1] == "99"
-    assert host["PidsLimit"] > 100 + 256
+    assert host["PidsLimit"] > 28 + 1.5 * 100
     assert host["Memory"] == shape.memory_limit_bytes(made_of) + manifest.GUEST_MEMORY_BYTES
     assert manifest.start_pids(profile(Limits(pids=4)), ground) is None
 

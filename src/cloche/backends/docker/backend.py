@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 from anyio import to_thread
 
-from cloche._kit.http import HttpFailure
+from cloche._kit.http import ConnectFailure, HttpFailure
 from cloche.backends import owners, shape
 from cloche.backends.contract import Box, Capabilities, Leftover, Profile
 from cloche.backends.docker import address, manifest, probe
@@ -219,15 +219,23 @@ class DockerBackend:
         await yard.volume.ensure(yard.ground, image.id)
         labels = manifest.labels(profile, yard.ground, profile.expires_at + await self._clock_offset())
         name = f"cloche-{profile.run_id}-{secrets.token_hex(4)}"
-        async with AsyncExitStack() as attempt:
-            attempt.push_async_callback(self._remove, name)
+        try:
             await self._create(name, manifest.container(profile, yard.ground, image, labels))
-            connection = await attempt.enter_async_context(self._client.attach(name))
+            connection = await stack.enter_async_context(self._client.attach(name))
             await self._client.start(name)
             if (pids := manifest.start_pids(profile, yard.ground)) is not None:
                 await self._client.update(name, {"PidsLimit": pids})
-            stack.push_async_exit(attempt.pop_all())
-            return DockerBox(self._client, name, connection, yard.volume.doubt)
+        except ConnectFailure:
+            raise  # nothing was made, or nothing can be removed now
+        except BaseException:
+            # What went wrong is what is to be told, not that this fails too.
+            try:
+                await self._remove(name)
+            except EngineLost as exc:
+                log.warning("%s It is left to sweep.", exc.message)
+            raise
+        stack.push_async_callback(self._remove, name)
+        return DockerBox(self._client, name, connection, yard.volume.doubt)
 
     async def _create(self, name: str, body: Mapping[str, Any]) -> None:
         assert self._client is not None

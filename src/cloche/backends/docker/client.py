@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from cloche._kit.http import Answer, Connection, ConnectionLost, HttpClient, HttpFailure, Server, segment
+from cloche._kit.http import Answer, Connection, ConnectionLost, HttpClient, Server, segment
 from cloche.backends.docker import facts
 from cloche.backends.docker.facts import Image, Info, Labelled, State, Version
 from cloche.backends.docker.images import Reference

@@ -48,8 +48,10 @@ class Ground:
 
 GUEST_MEMORY_BYTES = 40 * 2**20
 """What gVisor's own processes may take beside what the script has; measured with runsc release-20260905: 20 to 40 MiB."""
-GUEST_PIDS = 512
-"""gVisor's own threads on the host, some of them for each of the script's; the script's processes are bounded inside."""
+GUEST_PIDS, GUEST_PIDS_EACH = 128, 3
+"""gVisor's own threads on the host, and how many more each of the script's processes may take there: past that bound runsc
+ends without a word, so it is far above what was measured with release-20260905 (28 and 1.5). The script's processes are
+bounded inside."""
 
 
 def labels(profile: Profile, ground: Ground, expires_at: float) -> dict[str, str]:
@@ -142,7 +144,7 @@ def _supervisor_mount(ground: Ground, *, read_only: bool) -> dict[str, Any]:
 def _mounts(profile: Profile, image_volumes: tuple[str, ...]) -> dict[str, str]:
     ours = f"nr_inodes={shape.INODES},uid={shape.BOX_UID},gid={shape.BOX_UID}"
     each = shape.writable_bytes(profile.limits)
-    mounts = {path: "ro,nosuid,nodev,noexec,size=4k,nr_inodes=2" for path in image_volumes}
+    mounts = dict.fromkeys(image_volumes, "ro,nosuid,nodev,noexec,size=4k,nr_inodes=2")
     mounts[shape.WORKSPACE] = f"rw,exec,nosuid,nodev,mode=0755,size={shape.workspace_bytes(profile)}"
     for path in shape.WRITABLES:
         mode = "0755" if path == "/output" else "1777"
@@ -156,7 +158,7 @@ def _limits(profile: Profile, ground: Ground) -> dict[str, Any]:
     cpus = min(limits.cpus, float(ground.cpus)) if ground.cpus else limits.cpus
     found: dict[str, Any] = {
         "NanoCpus": max(10**7, round(cpus * 10**9)),  # the engine takes no less than a hundredth
-        "PidsLimit": limits.pids + GUEST_PIDS if guest else max(limits.pids, START_PIDS),
+        "PidsLimit": limits.pids * GUEST_PIDS_EACH + GUEST_PIDS if guest else max(limits.pids, START_PIDS),
     }
     if ground.memory_limit:
         memory = shape.memory_limit_bytes(profile) + (GUEST_MEMORY_BYTES if guest else 0)

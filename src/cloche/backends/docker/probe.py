@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-
 from cloche._kit.http import ConnectFailure, HttpFailure, TlsFailure
 from cloche.backends.docker.address import Address
 from cloche.backends.docker.client import DockerClient, Refused
