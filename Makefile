@@ -14,7 +14,8 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.14 python3.12 py
 C_SOURCES := $(wildcard src/cloche/supervisor/c/*.[ch])
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types imports docs bench supervisor supervisor-all sanitize engines-vm wheel wheel-check clean
+.PHONY: help setup demo test lint format types imports docs bench supervisor supervisor-all sanitize \
+        engines-docker engines-docker-env engines-docker-down engines-vm wheel wheel-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,12 +70,23 @@ imports: $(VENV)/.ready ## the direction of imports
 docs: setup ## links resolve, examples run, docs/settings.md is what the code says
 	$(BIN)/python docs/check.py
 
-bench: setup ## measure cloche against plain bubblewrap and the bare program
+bench: setup ## measure cloche against plain bubblewrap, and against docker run and the docker package where there is a daemon
 	@mkdir -p build
-	$(BIN)/python benchmarks/local.py --json build/bench.json
+	$(BIN)/python -m benchmarks.local --json build/bench.json
+	$(BIN)/python -m benchmarks.docker --json build/bench-docker.json
 
 sanitize: setup ## the supervisor's own tests under sanitizers, and its fuzzer for a while
 	PYTHON=$(BIN)/python tests/supervisor/run-sanitizers
+
+engines-docker: setup ## start private Docker daemons for the tests (needs root and Go); ENGINES="current" for one of them
+	@$(BIN)/python -m tests.engines.docker up $(ENGINES)
+	@echo 'Now let the tests find them: eval "$$(make --silent engines-docker-env)"'
+
+engines-docker-env: ## the variables by which the tests find those daemons, to be evaluated by a shell
+	@$(BIN)/python -m tests.engines.docker env
+
+engines-docker-down: ## end them, and leave nothing of them
+	@$(BIN)/python -m tests.engines.docker down
 
 engines-vm: setup ## prove the local backend in a virtual machine (needs root, qemu, debootstrap); VM_ARGS="--scene user-login"
 	$(BIN)/python -m tests.engines.vm $(VM_ARGS)

@@ -1,7 +1,7 @@
 """How much cloche's local mode adds: against the bare program, and against plain bubblewrap with the same namespaces.
 
     make bench                              # a table, and build/bench.json
-    python benchmarks/local.py --rounds 50
+    python -m benchmarks.local --rounds 50
 
 All contenders take turns within one round, so that whatever else the machine does meets them alike. Compare ratios and
 differences of one run; absolute times belong to the machine.
@@ -21,12 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import anyio
 import psutil
+from benchmarks.contenders import by_cloche, by_subprocess, take_turns
 from rich.console import Console
 from rich.table import Table
 
@@ -37,8 +37,6 @@ SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 GOAL_OVER_BUBBLEWRAP_MS = 8.0
 GOAL_IMPORT_MS = 150.0
 FLAT_BYTES = 4 * 2**20
-
-Contender = Callable[[], Awaitable[float]]
 
 
 def bubblewrap(*command: str) -> list[str]:
@@ -51,44 +49,6 @@ def bubblewrap(*command: str) -> list[str]:
         *("--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", "/output", "--tmpfs", "/workspace"),
         *command,
     ]
-
-
-def by_subprocess(command: list[str]) -> Contender:
-    """A program started and awaited as scripts do it."""
-
-    async def once() -> float:
-        begun = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)  # noqa: ASYNC221
-        return time.perf_counter() - begun
-
-    return once
-
-
-def by_cloche(sandbox: cloche.Sandbox, spec: cloche.Spec, *, whole: bool, phases: list[Any]) -> Contender:
-    """A run by cloche, until its result is there or (``whole``) its box is gone."""
-
-    async def once() -> float:
-        begun = time.perf_counter()
-        result = await sandbox.run(spec, wait_cleanup=whole)
-        taken = time.perf_counter() - begun
-        if not result.ok:
-            raise SystemExit(f"the benchmark's own script failed: {result}")
-        phases.append(result.timings_ms)
-        if not whole:
-            await anyio.sleep(0.01)  # the removal of this box must not run into the next contender's time
-        return taken
-
-    return once
-
-
-def summary(times: list[float]) -> dict[str, float]:
-    """Milliseconds from seconds."""
-    ordered = sorted(t * 1000 for t in times)
-    return {
-        "p50_ms": round(statistics.median(ordered), 2),
-        "p99_ms": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))], 2),
-        "min_ms": round(ordered[0], 2),
-    }
 
 
 async def compare(rounds: int, sandbox: cloche.Sandbox, folder: Path) -> dict[str, Any]:
@@ -108,13 +68,7 @@ async def compare(rounds: int, sandbox: cloche.Sandbox, folder: Path) -> dict[st
             "cloche, result": by_cloche(sandbox, spec, whole=False, phases=phases),
             "cloche, box removed": by_cloche(sandbox, spec, whole=True, phases=[]),
         }
-        times: dict[str, list[float]] = {contender: [] for contender in contenders}
-        for i in range(rounds + 3):
-            for contender, once in contenders.items():
-                taken = await once()
-                if i >= 3:  # the first ones fill caches
-                    times[contender].append(taken)
-        rows = {contender: summary(values) for contender, values in times.items()}
+        rows = await take_turns(contenders, rounds)
         floor = rows["plain bubblewrap"]["p50_ms"]
         found[name] = {
             "contenders": rows,

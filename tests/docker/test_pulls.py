@@ -166,6 +166,8 @@ async def test_another_architecture(docker: Target) -> None:
         query = {"fromSrc": "-", "repo": "cloche-test/other-arch", "tag": "1", "platform": "linux/arm64"}
         engine.ask("POST", "/images/create", query, file)
     try:
+        if engine.get("/images/cloche-test/other-arch:1/json")["Architecture"] != "arm64":
+            pytest.skip("this daemon makes no image for another architecture")
         async with docker.sandbox() as sandbox:
             with pytest.raises(cloche.ImageUnavailable) as caught:
                 await sandbox.run(tiny(image="cloche-test/other-arch:1"))

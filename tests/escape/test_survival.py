@@ -7,7 +7,7 @@ from anyio import to_thread
 from tests.escape.attack import PREAMBLE
 
 import cloche
-from cloche.testing.conformance import Target, absent, observe
+from cloche.testing.conformance import Target, observe
 
 WAYS = {
     "setsid": "os.setsid() if os.fork() == 0 else os._exit(0)",
@@ -62,7 +62,7 @@ async def test_nothing_survives(sandbox: cloche.Sandbox, target: Target, way: st
     Guard: the supervisor kills the whole tree as PID 1 of a process namespace, which dies with it.
     """
     if not target.on_this_host:
-        absent(target.mode, "the processes of its boxes cannot be seen from here")
+        pytest.skip("the processes of its boxes cannot be seen from here")
     word = observe.marker()
     # The main process stays for a moment, so that what it started is there when the end comes.
     source = "\n".join(
@@ -87,7 +87,7 @@ async def test_nothing_survives(sandbox: cloche.Sandbox, target: Target, way: st
 async def test_the_ways_are_seen(sandbox: cloche.Sandbox, target: Target) -> None:
     """While such a script runs, the host does see its processes by their mark: the test above looks at the right thing."""
     if not target.on_this_host:
-        absent(target.mode, "the processes of its boxes cannot be seen from here")
+        pytest.skip("the processes of its boxes cannot be seen from here")
     word = observe.marker()
     body = (
         "if os.fork() == 0:\n    daemon()\n    time.sleep(60)\ntime.sleep(0.2)\nprint('up', flush=True)\ntime.sleep(1)"

@@ -17,11 +17,15 @@ import anyio
 import httpcore2  # what httpx2 itself stands on: the errors of a connection that has left HTTP are still its own
 import httpx2
 
+from cloche._kit.unix_stream import UnixBackend
+
 Query: TypeAlias = Mapping[str, str | int | bool]
 """Parameters behind the ``?``. Booleans are written as ``true`` and ``false``."""
 
 CONNECT_S = 10.0
 """For a connection to be there; a local socket takes microseconds, another continent a second."""
+KEPT_CONNECTIONS, KEPT_S = 20, 20.0
+"""How many idle connections are kept, and for how long: less than servers keep them."""
 READ_BYTES = 64 * 1024
 
 
@@ -150,12 +154,7 @@ class HttpClient:
         self.server = server
         self._client = httpx2.AsyncClient(
             base_url=server.base,
-            transport=httpx2.AsyncHTTPTransport(
-                uds=server.socket,
-                verify=server.tls if server.tls is not None else True,
-                trust_env=False,
-                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=20, keepalive_expiry=20.0),
-            ),
+            transport=_transport(server),
             trust_env=False,  # a proxy of the environment is not on the way to an engine
             follow_redirects=False,
         )
@@ -257,6 +256,24 @@ class HttpClient:
         return self._client.build_request(
             method, path, params=params or None, content=body, headers=given, timeout=timeout
         )
+
+
+def _transport(server: Server) -> httpx2.AsyncHTTPTransport:
+    transport = httpx2.AsyncHTTPTransport(
+        verify=server.tls if server.tls is not None else True,
+        trust_env=False,
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS, keepalive_expiry=KEPT_S),
+    )
+    if server.socket is not None:
+        # httpx2 takes the path of a socket, and not how to speak to it.
+        transport._pool = httpcore2.AsyncConnectionPool(  # noqa: SLF001
+            max_connections=None,
+            max_keepalive_connections=KEPT_CONNECTIONS,
+            keepalive_expiry=KEPT_S,
+            uds=server.socket,
+            network_backend=UnixBackend(),
+        )
+    return transport
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The contract between the runtime and an engine. Small enough to recite:
 
-a :class:`Backend` is probed and prepared, opens a :class:`Box` from a :class:`Profile`, and sweeps what the dead left; a box is fed one
-bundle, gives out the supervisor's frames, and can tell its fate.
+a :class:`Backend` is probed and prepared, opens a :class:`Box` from a :class:`Profile`, and sweeps what the dead left; a box
+is fed one bundle, gives out the supervisor's frames, and can tell its fate.
 """
 
 from __future__ import annotations

@@ -26,6 +26,9 @@ except ImportError:  # not on Windows, where this backend only says that it need
 
 MANY_TIMES = 100
 
+SUPPORTED: bool = fcntl is not None
+"""Whether this system has such locks."""
+
 
 def state_folder() -> Path:
     """The folder for such files: /run/cloche for root, else one in XDG_RUNTIME_DIR or /tmp that is ours alone.

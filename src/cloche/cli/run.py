@@ -12,7 +12,7 @@ from pathlib import Path
 
 import anyio
 
-from cloche.cli import exits, render
+from cloche.cli import exits, progress, render
 from cloche.cli.live import Live
 from cloche.cli.save import check_folder, save
 from cloche.cli.writer import STDERR, STDOUT, write_all
@@ -61,7 +61,8 @@ def execute(options: Options) -> int:
     except ClocheError as error:
         return _refuse(options, Result.failed(run_id, error, mode), error)
     live = Live(settings, spec, run_id, streamed=not options.as_json, verbose=options.verbose)
-    result = anyio.run(live.run)
+    with progress.shown(wanted=not options.quiet):
+        result = anyio.run(live.run)
     if live.error is not None:
         return _refuse(options, result, live.error)
     try:

@@ -17,10 +17,10 @@ from anyio import to_thread
 from cloche._kit.http import ConnectFailure, HttpFailure
 from cloche.backends import owners, shape
 from cloche.backends.contract import Box, Capabilities, Leftover, Profile
-from cloche.backends.docker import address, manifest, probe
+from cloche.backends.docker import address, leftovers, manifest, probe, trial
 from cloche.backends.docker.box import DockerBox
 from cloche.backends.docker.client import DockerClient, Refused
-from cloche.backends.docker.facts import Labelled
+from cloche.backends.docker.facts import PODMAN
 from cloche.backends.docker.manifest import Ground
 from cloche.backends.docker.probe import Daemon
 from cloche.backends.docker.store import Images
@@ -28,12 +28,8 @@ from cloche.backends.docker.volume import SupervisorVolume
 from cloche.errors import BackendUnavailable, ClocheError, EngineLost, ImageUnavailable
 from cloche.isolation import Isolation, Posture
 from cloche.settings import Settings
-from cloche.spec import Limits
 from cloche.supervisor.binary import supervisor_path
-from cloche.supervisor.bundle import Bundle
-from cloche.supervisor.frames import Data, Decoder, End, Fail, FrameError, Hardening
 
-TRIAL_TIMEOUT_S = 30.0
 CREATE_S = 60.0
 """Making a container is not interrupted: the daemon would finish it after we have looked for what to remove."""
 REMOVE_S = 25.0
@@ -104,6 +100,7 @@ class DockerBackend:
             runtime=self._settings.docker_runtime,
             cpus=daemon.info.cpus,
             memory_limit=daemon.info.memory_limit,
+            podman=daemon.version.product == PODMAN,
         )
         posture = Posture(
             "docker",
@@ -121,7 +118,7 @@ class DockerBackend:
         """The id of the folder that has our lock. Without one a dead owner's boxes go when they expire, not before."""
 
         def become() -> tuple[owners.Owner, str] | None:
-            if owners.fcntl is None:
+            if not owners.SUPPORTED:
                 return None
             folder = owners.state_folder()
             return owners.Owner(folder, self._owner_name), owners.place_id(folder)
@@ -137,44 +134,30 @@ class DockerBackend:
         self._owner, place = found
         return place
 
-    # --- a runtime that is not known ---------------------------------------------------------------------------------
-
     async def _try_runtime(self, yard: _Yard) -> _Yard:
-        """Make one box, and compare the kernel that it sees with that of the engine's host.
+        """Make one box, and see which kernel it has.
 
         Raises:
             ClocheError: no box can be made with it.
         """
         # As for a kernel of its own, until it is known: the bounds of the other kind could keep it from starting.
         ground = replace(yard.ground, guest_kernel=True)
-        limits = Limits(timeout_s=TRIAL_TIMEOUT_S, pids=64, output_bytes=4096)
-        profile = Profile(
-            run_id=f"trial{secrets.token_hex(4)}",
-            owner=self._owner_name,
-            expires_at=time.time() + self._settings.start_timeout + TRIAL_TIMEOUT_S,
-            limits=limits,
-        )
-        bundle = Bundle(argv=[shape.SUPERVISOR, "version"], env={}, limits=limits)
-        said, hardening = b"", Hardening(0)
+        profile = trial.profile(self._owner_name, self._settings.start_timeout)
         with anyio.move_on_after(self._settings.start_timeout) as waiting:
             async with self._box(replace(yard, ground=ground), profile) as box:
-                await box.feed(bundle)
-                said, hardening = await _listen(box)
+                shown = await trial.run(box, profile)
         if waiting.cancelled_caught:
             raise BackendUnavailable(f"A trial box was not ready within {self._settings.start_timeout:g} s.")
-        kernel = said.decode("utf-8", "replace").partition("kernel ")[2].strip()
         host = yard.daemon.version.kernel
-        guest = bool(kernel and host) and kernel != host
-        log.info("the runtime's kernel is %r, the engine's host has %r", kernel, host)
+        guest = bool(shown.kernel and host) and shown.kernel != host
+        log.info("the runtime's kernel is %r, the engine's host has %r", shown.kernel, host)
         posture = replace(
             yard.posture,
             isolation=Isolation.KERNEL if guest else Isolation.CONTAINER,
-            engine=f"{yard.posture.engine}, {'guest ' if guest else ''}kernel {kernel or 'unknown'}",
-            guarantees=probe.guarantees(yard.daemon, hardening, guest=guest),
+            engine=f"{yard.posture.engine}, {'guest ' if guest else ''}kernel {shown.kernel or 'unknown'}",
+            guarantees=probe.guarantees(yard.daemon, shown.hardening, guest=guest),
         )
         return replace(yard, ground=replace(ground, guest_kernel=guest), posture=posture)
-
-    # --- boxes --------------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def open(self, profile: Profile) -> AsyncIterator[Box]:
@@ -266,12 +249,10 @@ class DockerBackend:
         assert self._client is not None
         try:
             with anyio.fail_after(REMOVE_S, shield=True):
-                while not await self._client.remove(name):
+                while not await self._client.remove(name):  # noqa: ASYNC110 - somebody else removes it, and tells nobody
                     await anyio.sleep(REMOVE_POLL_S)
         except (HttpFailure, Refused, TimeoutError) as exc:
-            raise EngineLost(f"The container {name} could not be removed: {exc or 'it took too long'}.") from exc
-
-    # --- leftovers ----------------------------------------------------------------------------------------------------
+            raise EngineLost(f"The container {name} could not be removed: {_why(exc)}.") from exc
 
     async def sweep(self) -> Sequence[Leftover]:
         """Remove what has expired by the daemon's clock, and what belongs to a dead process of this machine.
@@ -281,45 +262,7 @@ class DockerBackend:
         """
         if self._client is None or self._yard is None:
             return ()
-        client, engine = self._client, await self._client.engine_time()
-        now = time.time() if engine is None else engine
-        found: list[Leftover] = []
-        for container in await client.containers(manifest.LABEL_EXPIRES):
-            reason = await self._reason_to_remove(container, now)
-            if reason:
-                found.append(await self._sweep_one("container", container.name, reason))
-        for volume in await client.volumes(manifest.LABEL_EXPIRES):
-            if _expired(volume, now):
-                found.append(await self._sweep_one("volume", volume.name, "it has expired"))
-        await to_thread.run_sync(_forget_the_dead)
-        return [leftover for leftover in found if leftover.reason]
-
-    async def _reason_to_remove(self, container: Labelled, now: float) -> str:
-        """Empty: it may be a living run's."""
-        owner, place = container.labels.get(manifest.LABEL_OWNER, ""), container.labels.get(manifest.LABEL_PLACE)
-        if owner == self._owner_name:
-            return ""
-        if _expired(container, now):
-            return "it has expired"
-        ours = self._yard.ground.place if self._yard is not None else None
-        if place is None or place != ours or await to_thread.run_sync(_is_alive, owner):
-            return ""
-        return f"owner {owner} is dead"
-
-    async def _sweep_one(self, kind: str, name: str, reason: str) -> Leftover:
-        """A volume that is in use stays, and is no leftover: its reason is empty then."""
-        assert self._client is not None
-        try:
-            if kind == "volume":
-                await self._client.remove_volume(name)
-            else:
-                await self._client.remove(name)
-        except Refused as exc:
-            in_use = kind == "volume" and exc.status == 409
-            return Leftover(kind, name, removed=False, reason="" if in_use else exc.message)
-        except HttpFailure as exc:
-            return Leftover(kind, name, removed=False, reason=str(exc))
-        return Leftover(kind, name, removed=True, reason=reason)
+        return await leftovers.sweep(self._client, owner=self._owner_name, place=self._yard.ground.place)
 
     async def aclose(self) -> None:
         """Close the connections, and give up the owner's lock."""
@@ -332,22 +275,8 @@ class DockerBackend:
             self._owner = None
 
 
-def _expired(found: Labelled, now: float) -> bool:
-    expires = found.labels.get(manifest.LABEL_EXPIRES, "")
-    return expires.isdecimal() and int(expires) < now
-
-
-def _is_alive(owner: str) -> bool:
-    return owners.is_alive(owners.state_folder(), owner)
-
-
-def _forget_the_dead() -> None:
-    """Remove the locks of dead owners that noted no folder: theirs was nothing but containers."""
-    if owners.fcntl is None:
-        return
-    with contextlib.suppress(OSError):
-        for owner in owners.dead(owners.state_folder()):
-            owner.left |= bool(owner.folders)
+def _why(exc: Exception) -> str:
+    return "it took too long" if isinstance(exc, TimeoutError) else str(exc)
 
 
 def _image_arch(machine: str) -> str:
@@ -358,29 +287,6 @@ def _image_arch(machine: str) -> str:
 def _engine(daemon: Daemon, runtime: str | None) -> str:
     name = daemon.version.name
     return f"{name}, runtime {runtime}" if runtime else name
-
-
-async def _listen(box: DockerBox) -> tuple[bytes, Hardening]:
-    """What a trial box's script wrote, and what its supervisor could apply.
-
-    Raises:
-        BackendUnavailable: it did not come to that.
-    """
-    decoder, said, last = Decoder(), b"", None
-    try:
-        async for data in box.output():
-            for frame in decoder.feed(data):
-                last = frame
-                if isinstance(frame, Data) and frame.stream == "stdout":
-                    said += frame.data
-            if decoder.finished:
-                break
-    except FrameError as exc:
-        raise BackendUnavailable(f"The trial box gave no frames: {exc}.") from exc
-    if isinstance(last, End) and last.exit_code == 0:
-        return said, last.hardening
-    reason = last.message if isinstance(last, Fail) else (await box.fate()).message
-    raise BackendUnavailable(f"A trial box could not be made: {reason}")
 
 
 @contextlib.contextmanager
@@ -399,8 +305,8 @@ def _translated(done: str) -> Iterator[None]:
 
 
 def _refused(exc: Refused, done: str) -> ClocheError:
-    message = exc.message.rstrip(".")
-    if "runtime" in message and ("unknown" in message or "invalid" in message) and "OCI" not in message:
+    message, words = exc.message.rstrip("."), exc.message.lower()
+    if "runtime" in words and ("unknown" in words or "invalid" in words) and "oci" not in words:
         return BackendUnavailable(
             f"The Docker daemon does not have the runtime: {message}.",
             hint="Set CLOCHE_DOCKER_RUNTIME to one that `docker info` lists, or add it to the daemon's configuration.",

@@ -8,10 +8,11 @@ talked to.
 from __future__ import annotations
 
 import base64
+import contextlib
 import email.utils
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -30,6 +31,7 @@ MAX_ANSWER_BYTES = 8 * 2**20
 MAX_MESSAGE = 1000
 MAX_PROGRESS_LINE = 2**20
 
+_TAR = {"Content-Type": "application/x-tar"}
 _ID = re.compile(r"[0-9a-f]{12,64}")
 
 
@@ -98,7 +100,7 @@ class DockerClient:
             raise
         return facts.parse_image(_json(answer))
 
-    async def pull(self, reference: Reference, auth: str | None) -> AsyncIterator[Mapping[str, Any]]:
+    async def pull(self, reference: Reference, auth: str | None) -> AsyncGenerator[Mapping[str, Any], None]:
         """Have an image pulled, and give the daemon's words on it as they come.
 
         Raises:
@@ -217,14 +219,13 @@ class DockerClient:
 
     async def containers(self, label: str) -> list[Labelled]:
         """All containers that bear a label, whether they run or not."""
-        query = {"all": True, "filters": json.dumps({"label": [label]})}
+        query: dict[str, str | bool] = {"all": True, "filters": json.dumps({"label": [label]})}
         return facts.parse_containers(_json(await self._call("GET", "/containers/json", query=query)))
 
     async def put_archive(self, name: str, folder: str, archive: bytes) -> None:
         """Unpack a tar archive in a folder of a container."""
-        headers = {"Content-Type": "application/x-tar"}
         path = f"/containers/{segment(name)}/archive"
-        await self._call("PUT", path, query={"path": folder}, body=archive, headers=headers, timeout_s=WORK_S)
+        await self._call("PUT", path, query={"path": folder}, body=archive, timeout_s=WORK_S)
 
     async def size_in(self, name: str, path: str) -> int | None:
         """The size of a file in a container, in bytes; None: there is none."""
@@ -247,7 +248,6 @@ class DockerClient:
         *,
         query: Mapping[str, str | int | bool] | None = None,
         body: bytes | Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
         timeout_s: float = QUICK_S,
         gone_is_fine: bool = False,
     ) -> Answer:
@@ -257,7 +257,7 @@ class DockerClient:
             self._prefix + path,
             query=query,
             body=body,
-            headers=headers,
+            headers=_TAR if isinstance(body, bytes) else None,
             timeout_s=timeout_s,
             max_bytes=MAX_ANSWER_BYTES,
         )
@@ -277,10 +277,8 @@ def _json(answer: Answer) -> Any:
 def _refusal(status: int, body: bytes) -> Refused:
     """The daemon says why in ``message``, Podman in ``cause`` too; what is no JSON was written by somebody in between."""
     text = body.decode("utf-8", "replace").strip()
-    try:
+    with contextlib.suppress(ValueError):
         text = facts.field(json.loads(text), "message", str, "") or text
-    except ValueError:
-        pass
     return Refused(status, " ".join(text.split())[:MAX_MESSAGE] or "no reason was given")
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
+PODMAN = "Podman"
 OLDEST_API = (1, 40)
 """Docker 19.03, of 2019."""
 NEWEST_API = (1, 56)
@@ -61,7 +62,7 @@ def parse_version(found: object) -> Version | None:
     components = field(found, "Components", list, [])
     podman = any("podman" in field(part, "Name", str, "").lower() for part in components)
     return Version(
-        product="Podman" if podman else "Docker",
+        product=PODMAN if podman else "Docker",
         version=field(found, "Version", str, "?"),
         api=api,
         oldest_api=_numbers(field(found, "MinAPIVersion", str, "")) or (1, 12),

@@ -42,6 +42,9 @@ class Ground:
     """Of the engine's host; it refuses to give more. 0: not known."""
     memory_limit: bool = True
     """Whether the engine can bound memory; else the supervisor watches over it."""
+    podman: bool = False
+    """Podman takes no owner and no number of files for a mount (tried with 4.3), and copies the image's files into it unless
+    told not to."""
     guest_kernel: bool = False
     """Whether the runtime has a kernel of its own: then the engine's limits bound that kernel, not the script alone."""
 
@@ -72,11 +75,12 @@ def container(profile: Profile, ground: Ground, image: Image, labels: Mapping[st
     host = {
         "ReadonlyRootfs": True,
         "CapDrop": ["ALL"],
-        "CapAdd": list(CAPABILITIES),
+        # Podman cannot mount /output as the script's: there the supervisor gives it away.
+        "CapAdd": [*CAPABILITIES, *(["CHOWN"] if ground.podman else [])],
         "SecurityOpt": ["no-new-privileges"],
         "NetworkMode": "none" if profile.network is Network.NONE else "default",
         "IpcMode": "none",  # a namespace of its own, without the engine's writable /dev/shm and /dev/mqueue
-        "Tmpfs": _mounts(profile, image.volumes),
+        "Tmpfs": _mounts(profile, ground, image.volumes),
         "Mounts": [_supervisor_mount(ground, read_only=True)],
         "LogConfig": {"Type": "none", "Config": {}},
         "Init": False,
@@ -108,7 +112,7 @@ def container(profile: Profile, ground: Ground, image: Image, labels: Mapping[st
 
 def start_pids(profile: Profile, ground: Ground) -> int | None:
     """The bound of processes to set after the start, where it could not be set before; None: it was."""
-    return profile.limits.pids if not ground.guest_kernel and profile.limits.pids < START_PIDS else None
+    return profile.limits.pids if _pids(profile, ground) > profile.limits.pids and not ground.guest_kernel else None
 
 
 def volume(name: str, labels: Mapping[str, str]) -> dict[str, Any]:
@@ -141,14 +145,16 @@ def _supervisor_mount(ground: Ground, *, read_only: bool) -> dict[str, Any]:
     }
 
 
-def _mounts(profile: Profile, image_volumes: tuple[str, ...]) -> dict[str, str]:
-    ours = f"nr_inodes={shape.INODES},uid={shape.BOX_UID},gid={shape.BOX_UID}"
-    each = shape.writable_bytes(profile.limits)
-    mounts = dict.fromkeys(image_volumes, "ro,nosuid,nodev,noexec,size=4k,nr_inodes=2")
-    mounts[shape.WORKSPACE] = f"rw,exec,nosuid,nodev,mode=0755,size={shape.workspace_bytes(profile)}"
+def _mounts(profile: Profile, ground: Ground, image_volumes: tuple[str, ...]) -> dict[str, str]:
+    each, theirs = shape.writable_bytes(profile.limits), f",uid={shape.BOX_UID},gid={shape.BOX_UID}"
+    every, few, many = "nosuid,nodev", ",nr_inodes=2", f",nr_inodes={shape.INODES}"
+    if ground.podman:
+        every, few, many, theirs = "nosuid,nodev,notmpcopyup", "", "", ""
+    mounts = dict.fromkeys(image_volumes, f"ro,noexec,{every},size=4k{few}")
+    mounts[shape.WORKSPACE] = f"rw,exec,{every},mode=0755,size={shape.workspace_bytes(profile)}"
     for path in shape.WRITABLES:
         mode = "0755" if path == "/output" else "1777"
-        mounts[path] = f"rw,exec,nosuid,nodev,mode={mode},size={each},{ours}"
+        mounts[path] = f"rw,exec,{every},mode={mode},size={each}{theirs}{many}"
     return mounts
 
 
@@ -158,13 +164,21 @@ def _limits(profile: Profile, ground: Ground) -> dict[str, Any]:
     cpus = min(limits.cpus, float(ground.cpus)) if ground.cpus else limits.cpus
     found: dict[str, Any] = {
         "NanoCpus": max(10**7, round(cpus * 10**9)),  # the engine takes no less than a hundredth
-        "PidsLimit": limits.pids * GUEST_PIDS_EACH + GUEST_PIDS if guest else max(limits.pids, START_PIDS),
+        "PidsLimit": _pids(profile, ground),
     }
     if ground.memory_limit:
         memory = shape.memory_limit_bytes(profile) + (GUEST_MEMORY_BYTES if guest else 0)
         # Both the same: no swap.
         found |= {"Memory": memory, "MemorySwap": memory}
     return found
+
+
+def _pids(profile: Profile, ground: Ground) -> int:
+    """The bound with which a container starts."""
+    pids = profile.limits.pids
+    if ground.guest_kernel:
+        return pids * GUEST_PIDS_EACH + GUEST_PIDS
+    return pids if ground.podman else max(pids, START_PIDS)  # Podman starts with few threads, and has no update
 
 
 def _supervisor(profile: Profile, ground: Ground) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cloche._kit.http import ConnectFailure, HttpFailure, TlsFailure
 from cloche.backends.docker.address import Address
 from cloche.backends.docker.client import DockerClient, Refused
-from cloche.backends.docker.facts import OLDEST_API, Info, Version
+from cloche.backends.docker.facts import OLDEST_API, PODMAN, Info, Version
 from cloche.errors import BackendUnavailable
 from cloche.isolation import Guarantee, State
 from cloche.supervisor.frames import Hardening
@@ -148,6 +148,12 @@ def guarantees(daemon: Daemon, seen: Hardening | None, *, guest: bool) -> tuple[
             "read-only-root", State.IN_FORCE, "the image's files cannot be changed; no path of the host is mounted"
         ),
         Guarantee("workspace-read-only", State.IN_FORCE, "it belongs to the supervisor's uid"),
+        asked(
+            "file-count-limit",
+            offered=daemon.version.product != PODMAN and not guest,
+            yes="each writable mount holds at most 65536 files",
+            no="the engine takes no such bound: the memory limit alone bounds empty files",
+        ),
         Guarantee(
             "landlock", landlock, "asked of a trial box" if seen is not None else "not tried; every run tries it"
         ),

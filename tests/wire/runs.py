@@ -1,0 +1,68 @@
+"""Whole runs on a daemon that is played, and what they leave there."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import pytest
+from tests.wire.docker import Docker
+
+import cloche
+from cloche.runtime.life import Counters
+
+SPEC = cloche.Spec(content="pass", name="main.py", timeout=20)
+
+
+@dataclass
+class Ended:
+    """What became of a run, after its sandbox was left."""
+
+    result: cloche.Result | None
+    error: cloche.ClocheError | None
+    counters: Counters
+
+
+@asynccontextmanager
+async def sandbox(docker: Docker, **settings: Any) -> AsyncIterator[cloche.Sandbox]:
+    """A sandbox on the daemon, on which it leaves nothing."""
+    async with cloche.Sandbox(docker.settings(**settings)) as opened:
+        yield opened
+    assert not docker.containers
+    assert sorted(docker.removed) == sorted(made.name for made in docker.made)
+
+
+async def run(docker: Docker, spec: cloche.Spec = SPEC, **settings: Any) -> cloche.Result:
+    """The result of a run that leaves nothing."""
+    async with sandbox(docker, **settings) as opened:
+        return await opened.run(spec)
+
+
+async def failure(docker: Docker, spec: cloche.Spec = SPEC, **settings: Any) -> cloche.ClocheError:
+    """The error of a run that leaves nothing."""
+    async with sandbox(docker, **settings) as opened:
+        with pytest.raises(cloche.ClocheError) as caught:
+            await opened.run(spec)
+    return caught.value
+
+
+async def ended(docker: Docker, spec: cloche.Spec = SPEC, **settings: Any) -> Ended:
+    """What becomes of a run of which something may be left."""
+    result: cloche.Result | None = None
+    error: cloche.ClocheError | None = None
+    async with cloche.Sandbox(docker.settings(**settings)) as opened:
+        try:
+            result = await opened.run(spec)
+        except cloche.ClocheError as exc:
+            error = exc
+    return Ended(result, error, opened.counters)
+
+
+async def wait_until(condition: Callable[[], object]) -> None:
+    """For what comes from somewhere else."""
+    with anyio.fail_after(10):
+        while not condition():  # noqa: ASYNC110 (it is looked at from outside)
+            await anyio.sleep(0.002)
