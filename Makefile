@@ -72,6 +72,7 @@ docs: setup ## links resolve, examples run, docs/settings.md is what the code sa
 
 bench: setup ## measure cloche against plain bubblewrap, and against docker run and the docker package where there is a daemon
 	@mkdir -p build
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench
 	$(BIN)/python -m benchmarks.local --json build/bench.json
 	$(BIN)/python -m benchmarks.docker --json build/bench-docker.json
 

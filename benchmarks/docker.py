@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import platform
@@ -81,7 +82,7 @@ def docker_run(image: str, runtime: str | None) -> list[str]:
 def by_package(host: str, image: str, runtime: str | None) -> Contender | None:
     """As one would write it with the official package: run, read the output, remove. None: it is not installed."""
     try:
-        import docker
+        docker: Any = importlib.import_module("docker")
     except ImportError:
         return None
     client = docker.DockerClient(base_url=host)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.engines.docker.api import Engine
 
@@ -36,7 +37,7 @@ def all_remains(others: frozenset[str]) -> Iterator[str]:
             yield from remains(host, others)
 
 
-def _containers(host: str, **filters: list[str]) -> list[dict[str, object]]:
+def _containers(host: str, **filters: list[str]) -> list[dict[str, Any]]:
     query = json.dumps({"label": ["cloche.expires"], **filters})
-    found: list[dict[str, object]] = engine(host).get("/containers/json", all=1, filters=query)
+    found: list[dict[str, Any]] = engine(host).get("/containers/json", all=1, filters=query)
     return found

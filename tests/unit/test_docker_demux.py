@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ def test_cut_anywhere(pieces: list[tuple[int, bytes]], cuts: list[int]) -> None:
     places = [0, *sorted(min(cut, len(raw)) for cut in cuts), len(raw)]
     demux = Demux()
     got = {"stdout": b"", "stderr": b""}
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in itertools.pairwise(places):
         for source, data in demux.feed(raw[start:end]):
             assert data
             got[source] += data

@@ -17,6 +17,23 @@ from cloche.runtime.life import Counters
 SPEC = cloche.Spec(content="pass", name="main.py", timeout=20)
 
 
+OLD = {"cloche.made": "1000000000", "cloche.expires": "9999999999"}
+"""The labels of a volume that was made long ago, and is trusted."""
+
+
+async def prepared(docker: Docker, program_bytes: int | None = None) -> None:
+    """Have the supervisor in its volume since long ago, so that all that comes next is of a run."""
+    async with cloche.Sandbox(docker.settings()) as opened:
+        await opened.run(SPEC)
+    (name,) = docker.volumes
+    docker.volumes[name] = OLD
+    if program_bytes is not None:
+        docker.program_bytes = program_bytes
+    docker.made.clear()
+    docker.removed.clear()
+    docker.engine.requests.clear()
+
+
 @dataclass
 class Ended:
     """What became of a run, after its sandbox was left."""
