@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tests.engines.docker.registry import Registry
 
 import cloche
 from cloche.testing.conformance import Target, assert_exited
+from cloche.testing.conformance.terminal import command, on_terminal
 
 pytestmark = pytest.mark.anyio
 
@@ -97,6 +100,32 @@ async def test_begun_when_the_sandbox_opens(hub: tuple[Daemon, Registry], refere
         with anyio.fail_after(30):
             while not _has(hub[0], reference):  # noqa: ASYNC110 (the daemon tells nobody)
                 await anyio.sleep(0.1)
+
+
+def test_progress_on_a_terminal(hub: tuple[Daemon, Registry], reference: str, tmp_path: Path) -> None:
+    """A person sees that an image is being pulled; a pipe on stderr, or --quiet, sees nothing of it."""
+    script = tmp_path / "a.txt"
+    script.write_text("hello\n")
+    environ = {
+        **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+        "CLOCHE_MODE": "docker",
+        "CLOCHE_FALLBACK": "false",
+        "CLOCHE_DOCKER_HOST": hub[0].host,
+        "CLOCHE_IMAGE": reference,
+        "DOCKER_CONFIG": str(log_in(tmp_path, hub[1])),
+    }
+    line = f"pulling {reference}".encode()
+    for quiet in ([], ["--quiet"]):
+        with on_terminal(command("run", *quiet, "--interpreter", "tiny", str(script)), environ) as terminal:
+            shown = terminal.read(None, within_s=60)
+            assert terminal.process.wait(10) == 0, shown
+        assert (line in shown) is not bool(quiet)
+        assert b"hello" in shown
+        hub[0].engine.ask("DELETE", f"/images/{reference}", {"force": 1})
+    done = subprocess.run(
+        command("run", "--interpreter", "tiny", str(script)), env=environ, capture_output=True, timeout=60, check=True
+    )
+    assert (done.stdout, done.stderr) == (b"hello\n", b"tiny: 0 args\n")
 
 
 @pytest.mark.parametrize("password", ["", "wrong"])

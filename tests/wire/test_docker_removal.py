@@ -60,5 +60,6 @@ async def test_left_to_the_next_sandbox(docker: Docker) -> None:
     (left,) = docker.containers.values()
     docker.engine.on(f"DELETE /containers/{left.id}", DEFAULT)
     async with sandbox(docker) as opened:
+        await opened.run(SPEC)
         await docker.engine.wait_for(f"DELETE /containers/{left.id}")
     assert opened.counters.swept == 1

@@ -9,7 +9,7 @@ import anyio
 import pytest
 from tests.wire.docker import HI, IMAGE, Docker, piece, says
 from tests.wire.engine import DEFAULT, Peer, Raw, Reply, Request
-from tests.wire.runs import SPEC, failure, run, sandbox
+from tests.wire.runs import SPEC, failure, prepared, run, sandbox
 
 import cloche
 from cloche.backends import shape
@@ -21,7 +21,6 @@ SIZE = supervisor_path().stat().st_size
 CREATE = "POST /containers/create"
 PUT = "PUT /containers/cloche-fill-*/archive"
 STAT = "HEAD /containers/cloche-fill-*/archive"
-OLD = {"cloche.made": "1000000000", "cloche.expires": "9999999999"}
 
 
 def volume(docker: Docker) -> str:
@@ -30,18 +29,8 @@ def volume(docker: Docker) -> str:
     return name
 
 
-async def fillers(docker: Docker) -> list[dict[str, Any]]:
+def fillers(docker: Docker) -> list[dict[str, Any]]:
     return [made.body for made in docker.made if made.name.startswith("cloche-fill-")]
-
-
-async def aged(docker: Docker, program_bytes: int | None) -> None:
-    """A daemon on which the volume was made long ago, and what is in it now."""
-    await run(docker)
-    docker.volumes[volume(docker)] = OLD
-    docker.program_bytes = program_bytes
-    docker.made.clear()
-    docker.removed.clear()
-    docker.engine.requests.clear()
 
 
 async def test_filled_once(docker: Docker) -> None:
@@ -53,7 +42,7 @@ async def test_filled_once(docker: Docker) -> None:
     (put,) = docker.engine.asked(PUT)
     assert put.query == {"path": shape.SUPERVISOR_FOLDER}
     assert put.headers["content-type"] == "application/x-tar"
-    (filler,) = await fillers(docker)
+    (filler,) = fillers(docker)
     assert filler["HostConfig"]["NetworkMode"] == "none"
     mounts = [made.body["HostConfig"]["Mounts"] for made in docker.made]
     assert {(mount["Source"], mount["Target"]) for (mount,) in mounts} == {(volume(docker), shape.SUPERVISOR_FOLDER)}
@@ -73,14 +62,15 @@ async def test_young(docker: Docker) -> None:
 
 async def test_old(docker: Docker) -> None:
     """A volume that was made long ago is trusted, and no container is made to look into it."""
-    await aged(docker, SIZE)
+    await prepared(docker)
     await run(docker)
-    assert await fillers(docker) == []
+    assert fillers(docker) == []
 
 
 async def test_made_by_the_daemon(docker: Docker) -> None:
     """A volume without cloche's labels was made by the daemon, and is empty."""
-    await aged(docker, None)
+    await prepared(docker)
+    docker.program_bytes = None
     docker.volumes[volume(docker)] = {}
     await run(docker)
     assert docker.program_bytes == SIZE
@@ -91,7 +81,8 @@ async def test_missing(docker: Docker) -> None:
 
     As the daemon does it, the streams of a container that could not be started end.
     """
-    await aged(docker, None)
+    await prepared(docker)
+    docker.program_bytes = None
 
     async def refuse(request: Request, peer: Peer) -> Reply:
         docker.containers[request.path.split("/")[2]].streams.cancel()
@@ -114,7 +105,7 @@ async def test_missing_for_good(docker: Docker) -> None:
 
 async def test_cut_short(docker: Docker) -> None:
     """A box that ends without a word is a reason to look into the volume before the next one, however old it is."""
-    await aged(docker, 10)
+    await prepared(docker, program_bytes=10)
     docker.play = says(piece(2, b"exec /run/cloche/supervisor: exec format error"))
     async with sandbox(docker) as opened:
         with pytest.raises(cloche.BackendUnavailable, match="exec format error"):
@@ -180,6 +171,13 @@ async def test_caller_leaves(docker: Docker) -> None:
         group.start_soon(opened.run, SPEC)
         await docker.engine.wait_for(CREATE)
         group.cancel_scope.cancel()
+
+
+async def test_filler_stays(docker: Docker) -> None:
+    """That the container through which the volume was filled cannot be removed keeps nobody from running."""
+    docker.engine.on("DELETE /containers/cloche-fill-*", Reply(500, {"message": "device is busy"}))
+    async with cloche.Sandbox(docker.settings()) as opened:
+        assert (await opened.run(SPEC)).stdout == "hi"
 
 
 async def test_prepared(docker: Docker) -> None:

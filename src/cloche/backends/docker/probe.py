@@ -118,7 +118,7 @@ def guarantees(daemon: Daemon, seen: Hardening | None, *, guest: bool) -> tuple[
 
     Much of it the supervisor checks in every run: what it cannot do then, it refuses the run for.
     """
-    info, checked = daemon.info, "checked by the supervisor in every run, else the script is not started"
+    info, checked = daemon.info, "the supervisor checks it in every run"
 
     def asked(name: str, *, offered: bool, yes: str, no: str, advice: str = "") -> Guarantee:
         if offered:
@@ -155,7 +155,9 @@ def guarantees(daemon: Daemon, seen: Hardening | None, *, guest: bool) -> tuple[
             no="the engine takes no such bound: the memory limit alone bounds empty files",
         ),
         Guarantee(
-            "landlock", landlock, "asked of a trial box" if seen is not None else "not tried; every run tries it"
+            "landlock",
+            landlock,
+            "asked of a trial box" if seen is not None else "every run tries it, and no trial was made",
         ),
         asked(
             "memory-limit",
