@@ -61,6 +61,7 @@ async def test_as_the_engine_sees_it(docker: Target, engine: Engine) -> None:
     assert host["NetworkMode"] == "none"
     assert host["IpcMode"] == "none"
     assert host["LogConfig"]["Type"] == "none"
+    assert host["CapDrop"] == ["ALL"]
     assert {name.removeprefix("CAP_") for name in host["CapAdd"]} == {"KILL", "SETGID", "SETPCAP", "SETUID"}
     assert not host["Binds"]
     assert [(m["Type"], m["RW"]) for m in seen["Mounts"] if m["Type"] != "tmpfs"] == [("volume", False)]
@@ -112,6 +113,26 @@ async def test_a_child_out_of_memory(docker: Target) -> None:
     assert_exited(result)
     assert result.stdout == "9\n"
     assert result.usage.oom_kills > 0
+
+
+async def test_cpus(docker: Target) -> None:
+    """Two processes that burn what they get take no more CPU time than the run may have."""
+    source = """
+        import os, time
+        end = time.monotonic() + 2
+        pid = os.fork()
+        while time.monotonic() < end:
+            pass
+        if pid:
+            os.waitpid(pid, 0)
+    """
+    async with docker.sandbox() as sandbox:
+        result = await sandbox.run(python(source, cpus=0.5, timeout=30))
+    assert_exited(result)
+    run_ms = result.timings_ms["run"]
+    assert result.usage.cpu_ms is not None
+    assert run_ms is not None
+    assert result.usage.cpu_ms < 0.75 * run_ms
 
 
 CROWD = """

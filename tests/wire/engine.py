@@ -12,7 +12,6 @@ import fnmatch
 import json
 import re
 import socket
-import ssl
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -172,13 +171,13 @@ class Engine:
         self._stop_listening()
         self.cut()
 
-    async def listen(self, group: TaskGroup, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+    async def listen(self, group: TaskGroup, listener: socket.socket) -> None:
         """Serve in tasks of the group."""
 
         def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             group.start_soon(self._connection, Peer(reader, writer))
 
-        server = await asyncio.start_server(connected, sock=listener, ssl=tls, limit=MAX_HEAD_BYTES)
+        server = await asyncio.start_server(connected, sock=listener, limit=MAX_HEAD_BYTES)
         self._stop_listening = server.close
 
     async def _connection(self, peer: Peer) -> None:
@@ -227,7 +226,7 @@ class Engine:
 
 
 @asynccontextmanager
-async def serving(*, tcp: bool = False, tls: ssl.SSLContext | None = None) -> AsyncIterator[Engine]:
+async def serving(*, tcp: bool = False) -> AsyncIterator[Engine]:
     """An engine at a Unix socket, whose path is short enough for one, or at a port of the loopback."""
     engine = Engine()
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
@@ -239,7 +238,7 @@ async def serving(*, tcp: bool = False, tls: ssl.SSLContext | None = None) -> As
             listener = socket.create_server(str(path), family=socket.AF_UNIX)
             engine.address = f"unix://{path}"
         async with anyio.create_task_group() as group:
-            await engine.listen(group, listener, tls)
+            await engine.listen(group, listener)
             yield engine
             engine.vanish()
             group.cancel_scope.cancel()

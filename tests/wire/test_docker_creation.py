@@ -83,7 +83,9 @@ async def test_image_is_gone_for_good(docker: Docker) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [Raw(), Raw(b"HTTP/1.1 201 Created\r\n"), Reply(504, b"<html>"), Reply(201, b"{}")], ids=repr
+    "answer",
+    [Raw(), Raw(b"HTTP/1.1 201 Created\r\n"), Reply(504, b"<html>"), Reply(201, b"{}")],
+    ids=["cut", "head", "gateway", "no-id"],
 )
 async def test_answer_is_lost(docker: Docker, answer: Raw | Reply) -> None:
     """A container whose making was asked for, and not answered well, may be there all the same: it is removed by its name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ HTML = b"<html><body><h1>It works!</h1></body></html>"
 
 
 async def probe(settings: cloche.Settings) -> Posture:
-    backend = DockerBackend(settings, "oprobe")
+    backend = DockerBackend(settings, f"o{secrets.token_hex(8)}")
     try:
         return await backend.probe()
     finally:

@@ -189,17 +189,12 @@ async def test_a_file_that_is_no_socket(tmp_path: Path) -> None:
     assert caught.value.errno == errno.ECONNREFUSED
 
 
-@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
-async def test_no_tls(*, tcp: bool) -> None:
+async def test_no_tls() -> None:
     """A server that speaks plain HTTP to a client of TLS is a TlsFailure."""
-    async with serving(tcp=tcp) as engine:
+    async with serving(tcp=True) as engine:
         engine.on("*", Reply(400))
         with pytest.raises(TlsFailure):
-            await ask_at(
-                Server(
-                    engine.server.base.replace("http:", "https:"), engine.server.socket, ssl.create_default_context()
-                )
-            )
+            await ask_at(Server(engine.server.base.replace("http:", "https:"), tls=ssl.create_default_context()))
 
 
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])

@@ -87,12 +87,24 @@ class Answer:
         Raises:
             ValueError: it is not JSON.
         """
-        return json.loads(self.body)
+        return parse_json(self.body)
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON that came from outside.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
 
 
 def segment(text: str) -> str:
-    """One part of a path, encoded: a ``/`` in it stays inside."""
-    return quote(text, safe="")
+    """One part of a path, encoded: a ``/`` in it stays inside, and ``..`` leads nowhere."""
+    return text.replace(".", "%2E") if text in {".", ".."} else quote(text, safe="")
 
 
 class Connection:
@@ -180,7 +192,8 @@ class HttpClient:
             HttpFailure: see its subclasses. An answer with an error status is an answer.
         """
         request = self._build(method, path, query, body, headers, timeout_s)
-        with _translated():
+        # In all, however slowly it drips.
+        with _translated(), anyio.fail_after(timeout_s):
             response = await self._client.send(request, stream=True)
             try:
                 content = bytearray()
@@ -232,6 +245,8 @@ class HttpClient:
         try:
             if response.status_code == 101:
                 yield Connection(response.extensions["network_stream"])
+            elif response.is_success:  # whose body may be the stream itself, which has no end
+                yield Answer(response.status_code, response.headers, b"")
             else:
                 yield Answer(response.status_code, response.headers, await Stream(response).read(max_bytes))
         finally:
@@ -288,7 +303,7 @@ def _translated() -> Iterator[None]:
     except (httpx2.TimeoutException, httpcore2.TimeoutException, TimeoutError) as exc:
         raise TimedOut("no answer in time") from exc
     except (
-        httpx2.TransportError,
+        httpx2.RequestError,
         httpx2.StreamError,
         httpcore2.NetworkError,
         httpcore2.ProtocolError,

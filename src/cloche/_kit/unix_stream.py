@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpcore2
 
 
@@ -31,6 +32,7 @@ class UnixStream(httpcore2.AsyncNetworkStream):
         try:
             with anyio.fail_after(timeout):
                 while True:
+                    await anyio.lowlevel.checkpoint()  # a flood must not starve the others
                     try:
                         return self._socket.recv(max_bytes)
                     except BlockingIOError:
@@ -50,6 +52,7 @@ class UnixStream(httpcore2.AsyncNetworkStream):
         try:
             with anyio.fail_after(timeout):
                 while rest:
+                    await anyio.lowlevel.checkpoint()
                     try:
                         rest = rest[self._socket.send(rest) :]
                     except BlockingIOError:

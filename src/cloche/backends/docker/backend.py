@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 from anyio import to_thread
 
-from cloche._kit.http import ConnectFailure, HttpFailure
+from cloche._kit.http import ConnectFailure, ConnectionLost, HttpFailure
 from cloche.backends import owners, shape
 from cloche.backends.contract import Box, Capabilities, Leftover, Profile
 from cloche.backends.docker import address, leftovers, manifest, probe, trial
@@ -34,6 +34,7 @@ CREATE_S = 60.0
 """Making a container is not interrupted: the daemon would finish it after we have looked for what to remove."""
 REMOVE_S = 25.0
 REMOVE_POLL_S = 0.02
+REMOVE_AGAIN_S = (0.1, 0.5)
 
 log = logging.getLogger("cloche.docker")
 
@@ -202,23 +203,31 @@ class DockerBackend:
         await yard.volume.ensure(yard.ground, image.id)
         labels = manifest.labels(profile, yard.ground, profile.expires_at + await self._clock_offset())
         name = f"cloche-{profile.run_id}-{secrets.token_hex(4)}"
+        body = manifest.container(profile, yard.ground, image, labels)
         try:
-            await self._create(name, manifest.container(profile, yard.ground, image, labels))
+            await self._create(name, body)
+        except ConnectFailure:
+            raise  # nothing was made
+        except BaseException:
+            await self._remove_failed(name)
+            raise
+        try:
             connection = await stack.enter_async_context(self._client.attach(name))
             await self._client.start(name)
             if (pids := manifest.start_pids(profile, yard.ground)) is not None:
                 await self._client.update(name, {"PidsLimit": pids})
-        except ConnectFailure:
-            raise  # nothing was made, or nothing can be removed now
         except BaseException:
-            # What went wrong is what is to be told, not that this fails too.
-            try:
-                await self._remove(name)
-            except EngineLost as exc:
-                log.warning("%s It is left to sweep.", exc.message)
+            await self._remove_failed(name)
             raise
         stack.push_async_callback(self._remove, name)
         return DockerBox(self._client, name, connection, yard.volume.doubt)
+
+    async def _remove_failed(self, name: str) -> None:
+        """Remove what may have been made. What went wrong before is what is to be told, not that this fails too."""
+        try:
+            await self._remove(name)
+        except EngineLost as exc:
+            log.warning("%s It is left to sweep.", exc.message)
 
     async def _create(self, name: str, body: Mapping[str, Any]) -> None:
         assert self._client is not None
@@ -249,10 +258,21 @@ class DockerBackend:
         assert self._client is not None
         try:
             with anyio.fail_after(REMOVE_S, shield=True):
-                while not await self._client.remove(name):  # noqa: ASYNC110 - somebody else removes it, and tells nobody
+                while not await self._ask_to_remove(name):  # noqa: ASYNC110 - somebody else removes it, and tells nobody
                     await anyio.sleep(REMOVE_POLL_S)
         except (HttpFailure, Refused, TimeoutError) as exc:
             raise EngineLost(f"The container {name} could not be removed: {_why(exc)}.") from exc
+
+    async def _ask_to_remove(self, name: str) -> bool:
+        """Removing can be asked for again: whatever came of the first request, the second one says what is so now."""
+        assert self._client is not None
+        for pause in REMOVE_AGAIN_S:
+            try:
+                return await self._client.remove(name)
+            except (ConnectionLost, Refused) as exc:
+                log.debug("%s is not removed yet: %s", name, exc)
+                await anyio.sleep(pause)
+        return await self._client.remove(name)
 
     async def sweep(self) -> Sequence[Leftover]:
         """Remove what has expired by the daemon's clock, and what belongs to a dead process of this machine.

@@ -11,7 +11,7 @@ from cloche._kit.http import Connection, HttpFailure
 from cloche.backends.contract import Fate, FateKind
 from cloche.backends.docker.client import DockerClient, Refused
 from cloche.backends.docker.demux import Demux, DemuxError
-from cloche.errors import EngineLost, ProtocolError
+from cloche.errors import ProtocolError
 from cloche.supervisor.bundle import Bundle
 
 WRITE_BYTES = 256 * 1024
@@ -30,7 +30,7 @@ class DockerBox:
         self._name = name
         self._connection = connection
         self._on_silence = on_silence
-        self._answered = False
+        self._answered = self._broken = False
         self._message = bytearray()
 
     async def feed(self, bundle: Bundle) -> None:
@@ -47,10 +47,9 @@ class DockerBox:
             _log.debug("%s took no more of its bundle: %s", self._name, exc)
 
     async def output(self) -> AsyncIterator[bytes]:
-        """The supervisor's stdout, as the daemon passes it on.
+        """The supervisor's stdout, as the daemon passes it on. A connection that breaks is its end: the fate tells why.
 
         Raises:
-            EngineLost: the connection broke.
             ProtocolError: what comes is no stream of a container's.
         """
         demux = Demux()
@@ -63,7 +62,8 @@ class DockerBox:
                     else:
                         self._message += piece[: MESSAGE_BYTES - len(self._message)]
         except HttpFailure as exc:
-            raise EngineLost(f"The connection to the container was lost: {exc}.", retryable=True) from exc
+            _log.debug("the connection to %s broke: %s", self._name, exc)
+            self._broken = True
         except DemuxError as exc:
             raise ProtocolError(f"What the daemon sends is not the stream of a container: {exc}.") from exc
 
@@ -90,6 +90,9 @@ class DockerBox:
         if state.oom_killed:
             return Fate(FateKind.OOM_KILLED, "The container ran out of memory.")
         said = self._message.decode("utf-8", "replace").strip() or state.error
+        if self._broken and self._answered:
+            # Its end may be the connection's doing: without its client a box ends itself.
+            return Fate(FateKind.LOST, said or "The connection to the container broke.")
         if not self._answered:
             self._on_silence()
             return Fate(FateKind.NOT_STARTED, said or f"The container ended with {state.exit_code}.")

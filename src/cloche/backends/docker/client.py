@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from cloche._kit.http import Answer, Connection, ConnectionLost, HttpClient, Server, segment
+from cloche._kit.http import Answer, Connection, ConnectionLost, HttpClient, Server, parse_json, segment
 from cloche.backends.docker import facts
 from cloche.backends.docker.facts import Image, Info, Labelled, State, Version
 from cloche.backends.docker.images import Reference
@@ -120,6 +120,8 @@ class DockerClient:
                         yield said
                 if len(partial) > MAX_PROGRESS_LINE:
                     raise ConnectionLost("what the daemon says of the pull has no end")
+            if (said := _progress(partial)) is not None:
+                yield said
 
     # --- volumes ------------------------------------------------------------------------------------------------------
 
@@ -236,7 +238,7 @@ class DockerClient:
                 return None
             raise
         try:
-            stat = json.loads(base64.b64decode(answer.headers.get("x-docker-container-path-stat", "")))
+            stat = parse_json(base64.b64decode(answer.headers.get("x-docker-container-path-stat", "")))
         except ValueError:
             return None
         return facts.field(stat, "size", int, -1)
@@ -278,14 +280,14 @@ def _refusal(status: int, body: bytes) -> Refused:
     """The daemon says why in ``message``, Podman in ``cause`` too; what is no JSON was written by somebody in between."""
     text = body.decode("utf-8", "replace").strip()
     with contextlib.suppress(ValueError):
-        text = facts.field(json.loads(text), "message", str, "") or text
+        text = facts.field(parse_json(body), "message", str, "") or text
     return Refused(status, " ".join(text.split())[:MAX_MESSAGE] or "no reason was given")
 
 
 def _progress(line: bytes) -> Mapping[str, Any] | None:
     """One line of a pull. Raises: Refused, for one that says that it failed."""
     try:
-        said = json.loads(line)
+        said = parse_json(line)
     except ValueError:
         return None
     if not isinstance(said, dict):

@@ -18,6 +18,9 @@ from cloche.backends.docker import manifest
 from cloche.backends.docker.client import DockerClient, Refused
 from cloche.backends.docker.facts import Labelled
 
+MAX_DIGITS = 15
+"""Of a label with a time; some millions of years have so many."""
+
 
 async def sweep(client: DockerClient, *, owner: str, place: str | None) -> list[Leftover]:
     """Remove it. ``owner`` is who asks, ``place`` the id of the folder of locks that he can see.
@@ -42,7 +45,7 @@ async def sweep(client: DockerClient, *, owner: str, place: str | None) -> list[
 def expired(found: Labelled, now: float) -> bool:
     """Whether anybody may remove it. What does not say when it expires is not ours."""
     expires = found.labels.get(manifest.LABEL_EXPIRES, "")
-    return expires.isdecimal() and int(expires) < now
+    return expires.isdecimal() and len(expires) <= MAX_DIGITS and int(expires) < now
 
 
 async def _reason_to_remove(found: Labelled, now: float, owner: str, place: str | None) -> str:

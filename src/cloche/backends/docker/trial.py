@@ -11,7 +11,7 @@ from cloche.backends.contract import Box, Profile
 from cloche.errors import BackendUnavailable
 from cloche.spec import Limits
 from cloche.supervisor.bundle import Bundle
-from cloche.supervisor.frames import Data, Decoder, End, Fail, FrameError, Hardening
+from cloche.supervisor.frames import Data, Decoder, End, Fail, Foreign, Frame, FrameError, Hardening
 
 TIMEOUT_S = 30.0
 PIDS = 64
@@ -42,10 +42,13 @@ async def run(box: Box, made_of: Profile) -> Shown:
         BackendUnavailable: no script can run in it.
     """
     await box.feed(Bundle(argv=[shape.SUPERVISOR, "version"], env={}, limits=made_of.limits))
-    decoder, said, last = Decoder(), b"", None
+    decoder, said = Decoder(), b""
+    last: Frame | None = None
     try:
         async for data in box.output():
             for frame in decoder.feed(data):
+                if isinstance(frame, Foreign):
+                    raise FrameError(f"a foreign line: {frame.line[:80]!r}")
                 last = frame
                 if isinstance(frame, Data) and frame.stream == "stdout":
                     said += frame.data

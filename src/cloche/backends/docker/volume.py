@@ -18,6 +18,7 @@ from pathlib import Path
 import anyio
 from anyio import to_thread
 
+from cloche._kit.http import HttpFailure
 from cloche.backends import shape
 from cloche.backends.docker import manifest
 from cloche.backends.docker.client import DockerClient, Refused
@@ -111,14 +112,21 @@ class SupervisorVolume:
                 await self._client.put_archive(self._filler, shape.SUPERVISOR_FOLDER, archive)
                 size = await self._client.size_in(self._filler, shape.SUPERVISOR)
         finally:
-            with anyio.move_on_after(FILLER_LIFE_S, shield=True):
-                await self._client.remove(self._filler)
+            await self._remove_filler()
         if size != len(self._data):
             raise BackendUnavailable(
                 f"The daemon took the supervisor and then showed {size} bytes of its {len(self._data)}.",
                 hint="Look at the daemon's log and the room on its disk.",
             )
         return True
+
+    async def _remove_filler(self) -> None:
+        """Failing is no reason for the run to fail: whoever fills next removes it when its time is up, and sweep does."""
+        try:
+            with anyio.move_on_after(FILLER_LIFE_S, shield=True):
+                await self._client.remove(self._filler)
+        except (HttpFailure, Refused) as exc:
+            _log.warning("the container %s could not be removed: %s. It is left to sweep.", self._filler, exc)
 
     async def _remove_dead_filler(self) -> None:
         now = await self._now()
