@@ -101,6 +101,7 @@ def test_a_helper_that_is_none(tmp_path: Path, name: Any) -> None:
         '{"auths": 1}',
         '{"auths": {"r.example": 1}}',
         '{"auths": {"r.example": {"auth": "%%%"}}}',
+        '{"auths": {"r.example": {"auth": "\u00e4"}}}',
         "{}",
     ],
 )
@@ -155,7 +156,7 @@ def test_certificates_without_verifying(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["ssh://me@h", "npipe:////./pipe/docker", "h:2375", "unix://docker.sock", "tcp://", "tcp://h:x"]
+    "host", ["ssh://h", "npipe:////./pipe/docker", "h:2375", "unix://docker.sock", "tcp://", "tcp://h:x"]
 )
 def test_addresses_that_cannot_be(tmp_path: Path, host: str) -> None:
     """An address that is malformed or of a form that is not spoken says so, with the forms that are."""
@@ -163,6 +164,22 @@ def test_addresses_that_cannot_be(tmp_path: Path, host: str) -> None:
         find(tmp_path, DOCKER_HOST=host)
     assert repr(host)[1:-1] in caught.value.message
     assert "unix:///" in caught.value.hint
+
+
+@pytest.mark.parametrize("host", ["tcp://\u2603", "tcp://h\u00f6st..x", "tcp://\x7f"])
+def test_hosts_that_cannot_be(tmp_path: Path, host: str) -> None:
+    """A host that no resolver would take is an error of cloche's."""
+    with pytest.raises(cloche.BackendUnavailable):
+        find(tmp_path, DOCKER_HOST=host)
+
+
+@pytest.mark.parametrize("host", ["ssh://me:hush@h", "tcp://me:hush@", "tcp://me:hush@h:x", "ftp://me:hush@h"])
+def test_passwords_are_not_shown(tmp_path: Path, host: str) -> None:
+    """A password in an address is in no error."""
+    with pytest.raises(cloche.BackendUnavailable) as caught:
+        find(tmp_path, DOCKER_HOST=host)
+    assert "hush" not in str(caught.value)
+    assert "hush" not in find(tmp_path, DOCKER_HOST="tcp://me:hush@h").text
 
 
 def write_context(folder: Path, name: str, endpoint: Any) -> None:

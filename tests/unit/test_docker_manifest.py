@@ -62,7 +62,8 @@ def test_writable_places_are_bounded(memory: int) -> None:
     """Each writable mount has its bound of bytes and files, together at most half the memory; no other can be written."""
     made = body(profile(Limits(memory_bytes=memory)))
     mounts: dict[str, str] = made["HostConfig"]["Tmpfs"]
-    assert mounts.keys() == {"/workspace", "/output", "/tmp", "/dev/shm"}
+    assert {path for path, text in mounts.items() if "rw" in text.split(",")} == {"/workspace", *shape.WRITABLES}
+    assert "ro" in mounts.pop("/dev/mqueue").split(",")
     sizes = {}
     for path, text in mounts.items():
         options = dict(option.partition("=")[::2] for option in text.split(","))
@@ -120,9 +121,23 @@ def test_an_engine_without_memory_limits() -> None:
 
 def test_volumes_of_the_image_are_closed() -> None:
     """Where an image wants a writable volume on the host's disk, it gets an empty, read-only mount."""
-    mounts = body(volumes=("/data", "/tmp"))["HostConfig"]["Tmpfs"]
-    assert "ro" in mounts["/data"].split(",")
+    given = ("/data/", "/data/a/b", "//srv//x", "/tmp/", "/dev/shm/", "/run/cloche", "/proc/x", "/", "/workspace/y")
+    mounts = body(volumes=given)["HostConfig"]["Tmpfs"]
+    assert {path for path, text in mounts.items() if "ro" in text.split(",")} == {"/data", "/srv/x", "/dev/mqueue"}
     assert "rw" in mounts["/tmp"].split(",")
+
+
+def test_podman() -> None:
+    """Podman is asked for nothing that it refuses, and what it leaves open to write is covered."""
+    made = body(ground=Ground(volume="v", podman=True))
+    mounts: dict[str, str] = made["HostConfig"]["Tmpfs"]
+    assert {path for path, text in mounts.items() if "ro" in text.split(",")} == {"/run", "/var/tmp"}
+    assert not any(word in text for text in mounts.values() for word in ("nr_inodes", "uid=", "gid="))
+    assert all("notmpcopyup" in text for text in mounts.values())
+    assert made["HostConfig"]["CapAdd"] == [*manifest.CAPABILITIES, "CHOWN"]
+    few = profile(Limits(pids=5))
+    assert body(few, Ground(volume="v", podman=True))["HostConfig"]["PidsLimit"] == 5
+    assert manifest.start_pids(few, Ground(volume="v", podman=True)) is None
 
 
 def test_open_network() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from tests.wire.docker import Docker
 from tests.wire.engine import Engine, serving
+
+from cloche.backends import owners
 
 
 @pytest.fixture
@@ -17,6 +20,11 @@ async def engine(anyio_backend: object) -> AsyncIterator[Engine]:
 
 
 @pytest.fixture
-def docker(engine: Engine) -> Docker:
+def docker(engine: Engine) -> Iterator[Docker]:
     """The same server as a Docker daemon in good order."""
-    return Docker(engine)
+    yield Docker(engine)
+    # Where a removal failed, the owner's file stays until somebody sweeps that daemon, which nobody will.
+    for path in owners.state_folder().glob("*.owner"):
+        with contextlib.suppress(OSError):
+            if engine.address in path.read_text():
+                path.unlink()

@@ -121,6 +121,7 @@ class Docker:
         engine.on("GET /version", Reply(body=VERSION))
         engine.on("GET /info", Reply(body=INFO))
         engine.on("GET /_ping", Reply(body=b"OK"))
+        engine.on("GET /events", Reply(body=b""))
         engine.on("GET /images/*/json", self._image)
         engine.on("POST /images/create", self._pull)
         engine.on("GET /volumes/*", self._volume)
@@ -204,7 +205,9 @@ class Docker:
     async def _list(self, request: Request, _: Peer) -> Reply:
         (label,) = json.loads(request.query["filters"])["label"]
         found = [made for made in self.containers.values() if label in made.body["Labels"]]
-        return Reply(body=[{"Id": made.id, "Labels": made.body["Labels"]} for made in found])
+        return Reply(
+            body=[{"Id": made.id, "Names": [f"/{made.name}"], "Labels": made.body["Labels"]} for made in found]
+        )
 
     async def remove(self, request: Request, _: Peer) -> Reply:
         if (found := self._of(request)) is None:

@@ -180,6 +180,34 @@ async def test_died_over_its_bundle(docker: Docker, state: dict[str, Any]) -> No
         assert "cannot unpack" in found.error.message
 
 
+async def test_killed_after_a_child_was_out_of_memory(docker: Docker) -> None:
+    """A container that somebody had killed is engine-lost, also when one of its processes had been out of memory before."""
+    docker.play = says(SO_FAR)
+    docker.state = OUT_OF_MEMORY
+    docker.engine.on("GET /events", Reply(body=b'{"Type":"container","Action":"kill","id":"x"}\n'))
+    assert (await failure(docker)).code == "engine-lost"
+
+
+async def test_ended_by_somebody(docker: Docker) -> None:
+    """A supervisor that was told to end the run, and not by us, is engine-lost: nobody here has cancelled it."""
+    docker.play = says(frames(*BEGIN, ended_by(9, cause="cancel")))
+    error = await failure(docker)
+    assert (error.code, error.retryable) == ("engine-lost", False)
+
+
+async def test_slow_word(docker: Docker) -> None:
+    """The script's own end is not forgotten while the daemon takes its time to say whether memory was short."""
+
+    async def slowly(request: Request, peer: Peer) -> Reply:
+        await anyio.sleep(3)
+        return Reply(body={"StatusCode": 0})
+
+    docker.play = says(frames(*BEGIN, end(3)))
+    docker.engine.on("POST /containers/*/wait", slowly)
+    result = await run(docker, timeout=0.5)
+    assert (result.outcome, result.exit_code) == ("exited", 3)
+
+
 @pytest.mark.parametrize("killed", [False, True])
 async def test_killed_for_a_reason_unseen(docker: Docker, *, killed: bool) -> None:
     """A script that SIGKILL ended, where the supervisor cannot see why, was out of memory if the daemon says so."""

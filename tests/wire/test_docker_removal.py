@@ -8,6 +8,7 @@ from tests.wire.engine import DEFAULT, Raw, Reply
 from tests.wire.runs import SPEC, ended, run, sandbox
 
 import cloche
+from cloche.backends.docker.backend import REMOVE_AGAIN_S
 
 pytestmark = pytest.mark.anyio
 
@@ -57,10 +58,11 @@ async def test_fails(docker: Docker, answer: Reply | Raw, *, wait_cleanup: bool)
 
 async def test_left_to_the_next_sandbox(docker: Docker) -> None:
     """What could not be removed is removed by the next sandbox, once its owner is gone."""
-    docker.engine.on(DELETE, Reply(500, {"message": "device is busy"}), DEFAULT)
+    asked = 1 + len(REMOVE_AGAIN_S)
+    docker.engine.on(DELETE, *[Reply(500, {"message": "device is busy"})] * asked, DEFAULT)
     assert (await ended(docker)).counters.removals_failed == 1
     (left,) = docker.containers.values()
     async with sandbox(docker) as opened:
         await opened.run(SPEC)
-        await docker.engine.wait_for(f"DELETE /containers/{left.id}")
+        await docker.engine.wait_for(f"DELETE /containers/{left.name}")
     assert opened.counters.swept == 1

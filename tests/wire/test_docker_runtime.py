@@ -76,7 +76,7 @@ async def test_plain(docker: Docker, runtime: str | None) -> None:
     [
         (piece(2, b"runsc: cannot find the sandbox\n"), "runsc: cannot find the sandbox"),
         (frames(Hello(1, 1, 0), Fail("isolation-unavailable", "no seccomp here")), "no seccomp here"),
-        (piece(1, b"hello\n"), "ended with 0"),
+        (piece(1, b"hello\n"), "a foreign line"),
         (b"\x07garbage", "stream of a container"),
         (b"", "ended with 0"),
         (frames(*BEGIN, end(1)), ""),

@@ -38,6 +38,15 @@ def alive() -> Iterator[str]:
     owner.close()
 
 
+@pytest.fixture
+def dead() -> Iterator[str]:
+    """The name of an owner that has died: its lock is there, and nobody holds it."""
+    name = f"o{secrets.token_hex(8)}"
+    owners.Owner(owners.state_folder(), name).close(left=True)
+    yield name
+    owners.state_folder().joinpath(f"{name}.owner").unlink(missing_ok=True)
+
+
 async def sweep(docker: Docker) -> list[Leftover]:
     backend = DockerBackend(docker.settings(), ME)
     try:
@@ -60,10 +69,10 @@ def there(docker: Docker) -> set[str]:
 async def test_expired(docker: Docker, offset_s: float) -> None:
     """What has expired by the daemon's clock is removed, what has not is kept, however wrong that clock is."""
     docker.engine.clock_offset_s = offset_s
-    docker.add("expired", cloche_owner="oother", cloche_place="elsewhere", cloche_expires=at(docker, -10))
-    docker.add("fresh", cloche_owner="oother", cloche_place="elsewhere", cloche_expires=at(docker, 30))
+    docker.add("cloche-expired", cloche_owner="oother", cloche_place="elsewhere", cloche_expires=at(docker, -10))
+    docker.add("cloche-fresh", cloche_owner="oother", cloche_place="elsewhere", cloche_expires=at(docker, 30))
     found = await sweep(docker)
-    assert there(docker) == {"fresh"}
+    assert there(docker) == {"cloche-fresh"}
     assert [(leftover.kind, leftover.removed) for leftover in found] == [("container", True)]
     assert "expired" in found[0].reason
 
@@ -71,65 +80,91 @@ async def test_expired(docker: Docker, offset_s: float) -> None:
 async def test_daemon_without_a_clock(docker: Docker) -> None:
     """A daemon that tells no time is taken to have ours."""
     docker.engine.clock_offset_s = None
-    docker.add("expired", cloche_owner="oother", cloche_expires=at(docker, -10))
-    docker.add("fresh", cloche_owner="oother", cloche_expires=at(docker, 30))
+    docker.add("cloche-expired", cloche_owner="oother", cloche_expires=at(docker, -10))
+    docker.add("cloche-fresh", cloche_owner="oother", cloche_expires=at(docker, 30))
     await sweep(docker)
-    assert there(docker) == {"fresh"}
+    assert there(docker) == {"cloche-fresh"}
 
 
 async def test_our_own(docker: Docker, place: str) -> None:
     """One's own containers are never swept, also when their time is over: their runs remove them."""
-    docker.add("mine", cloche_owner=ME, cloche_place=place, cloche_expires=at(docker, -10))
+    docker.add("cloche-mine", cloche_owner=ME, cloche_place=place, cloche_expires=at(docker, -10))
     assert await sweep(docker) == []
-    assert there(docker) == {"mine"}
+    assert there(docker) == {"cloche-mine"}
 
 
-async def test_dead_and_alive(docker: Docker, place: str, alive: str) -> None:
+async def test_dead_and_alive(docker: Docker, place: str, alive: str, dead: str) -> None:
     """What belongs to a dead process of this machine goes before its time; a living one's stays, and another place's."""
     soon = at(docker, 30)
-    docker.add("of-the-dead", cloche_owner="owiredead", cloche_place=place, cloche_expires=soon)
-    docker.add("of-the-living", cloche_owner=alive, cloche_place=place, cloche_expires=soon)
-    docker.add("elsewhere", cloche_owner="owiredead", cloche_place="elsewhere", cloche_expires=soon)
-    docker.add("nowhere", cloche_owner="owiredead", cloche_expires=soon)
-    docker.add("nobody", cloche_place=place, cloche_expires=soon)
+    docker.add("cloche-of-the-dead", cloche_owner=dead, cloche_place=place, cloche_expires=soon)
+    docker.add("cloche-of-the-living", cloche_owner=alive, cloche_place=place, cloche_expires=soon)
+    docker.add("cloche-elsewhere", cloche_owner=dead, cloche_place="elsewhere", cloche_expires=soon)
+    docker.add("cloche-nowhere", cloche_owner=dead, cloche_expires=soon)
+    docker.add("cloche-nobody", cloche_place=place, cloche_expires=soon)
     (found,) = await sweep(docker)
-    assert there(docker) == {"of-the-living", "elsewhere", "nowhere", "nobody"}
-    assert "owiredead is dead" in found.reason
+    assert there(docker) == {"cloche-of-the-living", "cloche-elsewhere", "cloche-nowhere", "cloche-nobody"}
+    assert f"{dead} is dead" in found.reason
+
+
+async def test_a_lock_that_is_not_there(docker: Docker, place: str) -> None:
+    """That an owner has no lock proves nothing: somebody may have cleaned up. What is his stays until its time."""
+    docker.add("cloche-a", cloche_owner="onolock", cloche_place=place, cloche_expires=at(docker, 30))
+    docker.add("cloche-b", cloche_owner="onolock", cloche_place=place, cloche_expires=at(docker, -30))
+    await sweep(docker)
+    assert there(docker) == {"cloche-a"}
+
+
+async def test_the_living_do_not_expire(docker: Docker, place: str, alive: str) -> None:
+    """A container whose owner is seen to live stays, whatever its label says of the time: a clock may have been wrong."""
+    docker.add("cloche-a", cloche_owner=alive, cloche_place=place, cloche_expires=at(docker, -9999))
+    assert await sweep(docker) == []
+    assert there(docker) == {"cloche-a"}
+
+
+async def test_labels_of_an_image(docker: Docker) -> None:
+    """A container that is not cloche's is not touched, though its image bears cloche's label."""
+    docker.add("web", cloche_expires="1")
+    docker.add("shop", cloche_expires="1", cloche_owner="x")
+    docker.add("cloche-like", cloche_expires="1")
+    assert await sweep(docker) == []
+    assert there(docker) == {"web", "shop", "cloche-like"}
 
 
 @pytest.mark.parametrize("expires", ["", "soon", "-1", "1e3", "0x10", "1.5", "9" * 5000])
 async def test_expiry_that_cannot_be_read(docker: Docker, expires: str) -> None:
     """What does not say when it expires is kept: it may be somebody else's."""
-    docker.add("strange", cloche_owner="oother", cloche_expires=expires)
+    docker.add("cloche-strange", cloche_owner="oother", cloche_expires=expires)
     assert await sweep(docker) == []
-    assert there(docker) == {"strange"}
+    assert there(docker) == {"cloche-strange"}
 
 
 async def test_asks_for_its_own_label(docker: Docker) -> None:
     """Containers that are not cloche's are not even asked for, those that have ended are."""
-    docker.add("database", com_example="x")
+    docker.add("cloche-database", com_example="x")
     await sweep(docker)
     (request,) = docker.engine.asked("GET /containers/json")
     assert request.query == {"all": "true", "filters": '{"label": ["cloche.expires"]}'}
-    assert there(docker) == {"database"}
+    assert there(docker) == {"cloche-database"}
 
 
 async def test_volumes(docker: Docker) -> None:
     """A volume that has expired is removed, one that has not, or says nothing, is kept."""
     docker.volumes = {
-        "old": {"cloche.expires": at(docker, -10)},
-        "new": {"cloche.expires": at(docker, 9999)},
+        "cloche-old": {"cloche.expires": at(docker, -10), "cloche.supervisor": "x"},
+        "cloche-new": {"cloche.expires": at(docker, 9999), "cloche.supervisor": "x"},
         "data": {},
     }
     (found,) = await sweep(docker)
-    assert docker.volumes.keys() == {"new", "data"}
-    assert (found.kind, found.name, found.removed) == ("volume", "old", True)
+    assert docker.volumes.keys() == {"cloche-new", "data"}
+    assert (found.kind, found.name, found.removed) == ("volume", "cloche-old", True)
 
 
 async def test_volume_in_use(docker: Docker) -> None:
     """A volume that a container uses is no leftover, and no failure."""
-    docker.volumes = {"old": {"cloche.expires": at(docker, -10)}}
-    docker.engine.on("DELETE /volumes/old", Reply(409, {"message": "remove old: volume is in use - [1a2b]"}))
+    docker.volumes = {"cloche-old": {"cloche.expires": at(docker, -10), "cloche.supervisor": "x"}}
+    docker.engine.on(
+        "DELETE /volumes/cloche-old", Reply(409, {"message": "remove cloche-old: volume is in use - [1a2b]"})
+    )
     assert await sweep(docker) == []
 
 
@@ -137,10 +172,10 @@ async def test_volume_in_use(docker: Docker) -> None:
 async def test_one_cannot_be_removed(docker: Docker, answer: Reply | Raw) -> None:
     """One that cannot be removed does not keep the others; it is reported with its reason."""
     for name in ("a", "b", "c"):
-        docker.add(name, cloche_owner="oother", cloche_expires=at(docker, -10))
-    docker.engine.on(f"DELETE /containers/{docker.containers['b'].id}", answer)
+        docker.add(f"cloche-{name}", cloche_owner="oother", cloche_expires=at(docker, -10))
+    docker.engine.on(f"DELETE /containers/{docker.containers['cloche-b'].name}", answer)
     found = await sweep(docker)
-    assert there(docker) == {"b"}
+    assert there(docker) == {"cloche-b"}
     assert [leftover.removed for leftover in found] == [True, False, True]
     assert found[1].reason
 
@@ -152,7 +187,7 @@ async def test_one_cannot_be_removed(docker: Docker, answer: Reply | Raw) -> Non
 )
 async def test_somebody_else_sweeps(docker: Docker, said: Reply) -> None:
     """Where two sweep at the same time, that the other one was quicker is no failure."""
-    docker.add("a", cloche_owner="oother", cloche_expires=at(docker, -10))
+    docker.add("cloche-a", cloche_owner="oother", cloche_expires=at(docker, -10))
     docker.engine.on("DELETE /containers/*", said)
     assert [leftover.removed for leftover in await sweep(docker)] == [True]
 
@@ -166,7 +201,7 @@ async def swept(docker: Docker) -> Counters:
 
 async def test_in_the_background(docker: Docker) -> None:
     """A sandbox sweeps when it opens, and counts what it removed."""
-    docker.add("expired", cloche_owner="oother", cloche_expires=at(docker, -10))
+    docker.add("cloche-expired", cloche_owner="oother", cloche_expires=at(docker, -10))
     counters = await swept(docker)
     assert (counters.swept, counters.sweeps_failed) == (1, 0)
     assert not docker.containers

@@ -66,6 +66,13 @@ class Server:
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     """None: what the system trusts, for addresses that begin with https."""
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError, for an address that is none."""
+        try:
+            httpx2.URL(self.base)
+        except httpx2.InvalidURL as exc:
+            raise ValueError(str(exc)) from None
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -175,7 +182,7 @@ class HttpClient:
         """Close all connections."""
         await self._client.aclose()
 
-    async def request(
+    async def request(  # noqa: PLR0913 (keywords that are HTTP's own; a value would only carry them here)
         self,
         method: str,
         path: str,
@@ -275,12 +282,14 @@ class HttpClient:
 
 def _transport(server: Server) -> httpx2.AsyncHTTPTransport:
     transport = httpx2.AsyncHTTPTransport(
+        uds=server.socket,
         verify=server.tls if server.tls is not None else True,
         trust_env=False,
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS, keepalive_expiry=KEPT_S),
     )
     if server.socket is not None:
-        # httpx2 takes the path of a socket, and not how to speak to it.
+        # httpx2 takes the path of a socket, and not how to speak to it. Should it keep its connections elsewhere one day, the
+        # path holds all the same, and the test of cancelled requests says so.
         transport._pool = httpcore2.AsyncConnectionPool(  # noqa: SLF001
             max_connections=None,
             max_keepalive_connections=KEPT_CONNECTIONS,

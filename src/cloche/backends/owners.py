@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 try:
@@ -25,6 +26,9 @@ except ImportError:  # not on Windows, where this backend only says that it need
     fcntl = None  # type: ignore[assignment]
 
 MANY_TIMES = 100
+NOTE_LIFE_S = 2 * 24 * 3600.0
+"""For so long a dead owner's file is kept for a place that is none of ours to look after. What it made there has expired by then
+(a run takes a day at most)."""
 
 SUPPORTED: bool = fcntl is not None
 """Whether this system has such locks."""
@@ -68,7 +72,8 @@ def own_folder(folder: Path, mode: int) -> Path:
 
 
 def place_id(folder: Path) -> str:
-    """A name for this folder of locks, the same for all who share it and for nobody else.
+    """A name for this folder of locks, the same for all who share it and for nobody else: a copy of the folder on another
+    machine, or after a restart, has another one.
 
     Raises:
         OSError: it can be neither read nor made.
@@ -76,7 +81,8 @@ def place_id(folder: Path) -> str:
     path = folder / "place"
     for _ in range(MANY_TIMES):
         with contextlib.suppress(FileNotFoundError):
-            return path.read_text(encoding="ascii").strip()
+            text = path.read_text(encoding="ascii") + _boot_id()
+            return hashlib.sha256(text.encode()).hexdigest()[:16]
         new = folder / f"place.{secrets.token_hex(4)}"
         new.write_text(secrets.token_hex(8), encoding="ascii")
         with contextlib.suppress(FileExistsError):
@@ -85,14 +91,23 @@ def place_id(folder: Path) -> str:
     raise FileNotFoundError(errno.ENOENT, "it does not stay", str(path))
 
 
-def is_alive(folder: Path, name: str) -> bool:
-    """Whether the owner of that name, whose lock is or was in ``folder``, lives. One without a file has closed, or died."""
+def _boot_id() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    return ""
+
+
+def is_alive(folder: Path, name: str) -> bool | None:
+    """Whether the owner of that name, whose lock is or was in ``folder``, lives; None: that cannot be seen.
+
+    A file that is not there proves nothing: its owner may have closed, or somebody may have cleaned up.
+    """
     try:
         fd = os.open(folder / f"{name}.owner", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as exc:
-        return exc.errno != errno.ENOENT  # one that we may not look at may live
+    except OSError:
+        return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that look do not see each other
     except BlockingIOError:
         return True
     finally:
@@ -118,23 +133,27 @@ class Owner:
             os.close(self._fd)
         raise BlockingIOError(errno.EAGAIN, "others hold the lock of a new owner", str(self._path))
 
-    def note(self, folder: Path) -> None:
-        """Write down a folder in which things with the owner's name are about to be made."""
-        os.write(self._fd, f"{folder}\n".encode())
+    def note(self, place: Path | str) -> None:
+        """Write down a folder in which things with the owner's name are about to be made, or a line about where else."""
+        os.write(self._fd, f"{place}\n".encode())
 
-    def close(self) -> None:
-        """Nothing of ours is left: forget the file."""
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+    def close(self, *, left: bool = False) -> None:
+        """Give the lock up, and forget the file, unless something of ours is ``left``: then it tells that we are no more."""
+        if not left:
+            with contextlib.suppress(FileNotFoundError):
+                self._path.unlink()
         os.close(self._fd)
 
 
 @dataclass(slots=True)
 class Dead:
-    """An owner that is no more, and the folders it noted. Set ``left`` when something of it could not be removed."""
+    """An owner that is no more, the folders it noted, and its other notes. Set ``left`` when something of it is left."""
 
     name: str
     folders: list[Path]
+    notes: list[str] = field(default_factory=list)
+    age_s: float = field(default=0.0, compare=False)
+    """Since it noted something last."""
     left: bool = False
 
 
@@ -150,7 +169,10 @@ def dead(folder: Path) -> Iterator[Dead]:
             if os.fstat(fd).st_nlink == 0:
                 continue  # another one was quicker
             with open(fd, closefd=False, encoding="utf-8", errors="replace") as text:
-                found = Dead(path.stem, [Path(line.rstrip("\n")) for line in text])
+                lines = [line.rstrip("\n") for line in text]
+            folders = [Path(line) for line in lines if line.startswith("/")]
+            age_s = time.time() - os.fstat(fd).st_mtime
+            found = Dead(path.stem, folders, [line for line in lines if not line.startswith("/")], age_s)
             yield found
             if not found.left:
                 path.unlink(missing_ok=True)

@@ -52,7 +52,9 @@ def execute(options: Options) -> int:
     run_id = new_run_id()
     mode = options.mode
     try:
-        settings = Settings.from_env(os.environ, **({} if mode is None else {"mode": mode}))
+        # The image is the whole sandbox's, so that no other one is prepared.
+        given = {"mode": mode, "image": options.image}
+        settings = Settings.from_env(os.environ, **{name: value for name, value in given.items() if value is not None})
         mode = str(settings.mode)
         _configure_log(settings)
         spec = _spec(options, settings)
@@ -103,7 +105,6 @@ def _spec(options: Options, settings: Settings) -> Spec:
         "cpus": options.cpus,
         "pids": options.pids,
         "network": options.network,
-        "image": options.image,
         "min_isolation": options.min_isolation,
         "timeout": timeout,
     }

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import anyio
 import anyio.to_thread
 
-from cloche.backends.contract import Box, FateKind, Profile
+from cloche.backends.contract import Box, Fate, FateKind, Profile
 from cloche.errors import BackendUnavailable, EngineLost, ImageUnavailable, StartTimeout, Unschedulable
 from cloche.events import Event, Finished, Outcome, Started
 from cloche.runtime.admission import Admission
@@ -33,6 +33,8 @@ from cloche.supervisor.frames import Start
 
 REMOVAL_S = 30.0
 """A backend bounds its own removal; this is for one that does not. What is left then is sweep's."""
+FATE_S = 20.0
+"""For an engine's word on a box that has ended; it knows by then, or will not know."""
 CLOCK_SKEW_S = 60.0
 """How far the clocks of two machines may be apart before one takes the other's living box for a dead one's."""
 
@@ -84,6 +86,7 @@ class Run:
         self._box: Box | None = None
         self._leaving = False
         self._cancelled = False
+        self._unexplained = False
         self._feed_error: Exception | None = None
         self._ending: Finished | Exception | None = None
         self._begun = self._mark = time.perf_counter()
@@ -200,12 +203,21 @@ class Run:
     async def _converse(self, box: Box, bundle: Bundle) -> Finished | Exception:
         """Feed the box and listen to it, until its end, its deadline, or a kill."""
         ending: Finished | Exception | None = None
+        silent = False
         with anyio.CancelScope(deadline=self._deadline.at) as self._talk:
             async with anyio.create_task_group() as both:
                 both.start_soon(self._feed, box, bundle, both.cancel_scope)
                 ending = await self._listen(box)
+                silent = ending is None
                 both.cancel_scope.cancel()
         ending = ending or self._feed_error
+        # The engine's word comes after the run: neither its clock nor who gives up on it may take away what is known.
+        if isinstance(ending, Finished) and self._unexplained:
+            ending = await self._with_engines_word(box, ending)
+        elif ending is None and silent and not self._cancelled:
+            ending = await self._without_last_frame(box)
+        if isinstance(ending, Finished) and ending.outcome is Outcome.CANCELLED and not self._cancelled:
+            ending = EngineLost("Somebody else than cloche had the box ended before the script ended.")
         if self._cancelled and not isinstance(ending, Finished):
             return self._cut(Outcome.CANCELLED)
         if ending is None:
@@ -219,7 +231,8 @@ class Run:
             self._feed_error = exc
             both.cancel()
 
-    async def _listen(self, box: Box) -> Finished | Exception:
+    async def _listen(self, box: Box) -> Finished | Exception | None:
+        """How it ended; None: without a last frame."""
         replayable = self._house.chosen.capabilities.replayable
         try:
             async with aclosing(read_frames(box, replayable=replayable)) as frames:
@@ -229,21 +242,33 @@ class Run:
                     for event in self._assembler.add(frame):
                         if isinstance(event, Finished):
                             self._script_ended(event.run_ms)
-                            return await self._with_engines_word(box, event) if unexplained(frame) else event
+                            self._unexplained = unexplained(frame)
+                            return event
                         self._emit(event)
-            return await self._without_last_frame(box)
         except Exception as exc:  # noqa: BLE001 (an exception group is no error of cloche's)
             return exc
+        return None
 
     async def _with_engines_word(self, box: Box, event: Finished) -> Finished:
         """The end of a script that may have been out of memory, where the supervisor could not see that: the engine can."""
-        fate = await box.fate()
+        fate = await self._fate(box)
         if fate.kind is not FateKind.OOM_KILLED:
             return event
         usage = replace(event.usage, oom_kills=max(1, event.usage.oom_kills))
         if event.signal == "SIGKILL":
             return replace(event, outcome=Outcome.OUT_OF_MEMORY, signal=None, usage=usage)
         return replace(event, usage=usage)
+
+    async def _fate(self, box: Box) -> Fate:
+        """The engine's word, for which is waited no longer than a bound."""
+        fate = Fate(FateKind.LOST, f"It gave no answer within {FATE_S:g} s.")
+        with anyio.move_on_after(FATE_S, shield=True):
+            try:
+                fate = await box.fate()
+            except Exception as exc:  # noqa: BLE001 (an engine may fail in any way)
+                _log.debug("the engine has no word on run %s", self.run_id, exc_info=True)
+                fate = Fate(FateKind.LOST, str(exc))
+        return fate
 
     def _script_started(self) -> None:
         self._deadline.start(anyio.current_time())
@@ -259,7 +284,7 @@ class Run:
 
     async def _without_last_frame(self, box: Box) -> Finished | Exception:
         """What the engine's word makes of a run whose output ended too early."""
-        fate = await box.fate()
+        fate = await self._fate(box)
         said = f" The engine says: {fate.message.rstrip('.')}." if fate.message else ""
         match fate.kind:
             case FateKind.NOT_STARTED:

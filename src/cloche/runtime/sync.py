@@ -49,7 +49,8 @@ def run(script: str | os.PathLike[str] | None = None, **fields: Unpack[SpecField
         ClocheError: the run could not happen, or how it ended is not known.
     """
     spec = Spec(script=None if script is None else os.fspath(script), **cast("dict[str, Any]", fields))
-    settings = Settings.from_env()
+    # An image of the spec's is the whole sandbox's, so that no other one is prepared.
+    settings = Settings.from_env(None, **({} if spec.image is None else {"image": spec.image}))
     if _loop_runs_here():
         return _in_thread(spec, settings)
     return anyio.run(_run, spec, settings)

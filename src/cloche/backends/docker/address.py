@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,16 @@ def _address(host: str, tls_folder: str | None, *, verify: bool) -> Address:
         parts = urlsplit(host)
         port = parts.port
     except ValueError:
-        raise BackendUnavailable(f"The address of the Docker daemon, {host!r}, is malformed.", hint=_FORMS) from None
+        raise BackendUnavailable(
+            f"The address of the Docker daemon, {_without_password(host)!r}, is malformed.", hint=_FORMS
+        ) from None
+    shown = _without_password(host)
     match parts.scheme:
+        case "unix" if not hasattr(socket, "AF_UNIX"):
+            raise BackendUnavailable(
+                f"This system has no Unix sockets for the Docker daemon at {shown}.",
+                hint="Have the daemon listen at tcp://127.0.0.1:2376 with TLS, and set DOCKER_HOST.",
+            )
         case "unix":
             path = host.removeprefix("unix://")
             if not path.startswith("/"):
@@ -79,21 +88,31 @@ def _address(host: str, tls_folder: str | None, *, verify: bool) -> Address:
             return Address(host, Server("http://docker", socket=path))
         case "tcp" | "http" | "https":
             if not parts.hostname:
-                raise BackendUnavailable(f"The address {host!r} names no host.", hint=_FORMS)
+                raise BackendUnavailable(f"The address {shown!r} names no host.", hint=_FORMS)
             secure = parts.scheme == "https" or tls_folder is not None
             name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
             base = f"{'https' if secure else 'http'}://{name}:{port or (2376 if secure else 2375)}"
-            return Address(host, Server(base, tls=_tls(tls_folder, verify=verify) if secure else None))
+            tls = _tls(tls_folder, verify=verify) if secure else None
+            try:
+                return Address(shown, Server(base, tls=tls))
+            except ValueError:
+                raise BackendUnavailable(f"The address {shown!r} names no host that could be.", hint=_FORMS) from None
         case "ssh":
             raise BackendUnavailable(
-                f"cloche does not speak to a Docker daemon by ssh ({host!r}).",
+                f"cloche does not speak to a Docker daemon by ssh ({shown!r}).",
                 hint="Forward its socket, ssh -nNT -L /tmp/docker.sock:/var/run/docker.sock HOST,"
                 " and set DOCKER_HOST=unix:///tmp/docker.sock.",
             )
         case _:
             raise BackendUnavailable(
-                f"The address of the Docker daemon, {host!r}, has a form unknown here.", hint=_FORMS
+                f"The address of the Docker daemon, {shown!r}, has a form unknown here.", hint=_FORMS
             )
+
+
+def _without_password(host: str) -> str:
+    """An address as it may be shown."""
+    scheme, slashes, rest = host.partition("://")
+    return f"{scheme}{slashes}{rest.rpartition('@')[2]}" if slashes else host
 
 
 def _tls(folder: str | None, *, verify: bool) -> ssl.SSLContext:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ CREATE_S = 60.0
 """Making a container is not interrupted: the daemon would finish it after we have looked for what to remove."""
 REMOVE_S = 25.0
 REMOVE_POLL_S = 0.02
-REMOVE_AGAIN_S = (0.1, 0.5)
+REMOVE_AGAIN_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 log = logging.getLogger("cloche.docker")
 
@@ -48,6 +47,8 @@ class _Yard:
     images: Images
     volume: SupervisorVolume
     posture: Posture
+    tried: bool = True
+    """Whether it is known if the runtime has a kernel of its own."""
 
 
 class DockerBackend:
@@ -58,8 +59,12 @@ class DockerBackend:
         self._owner_name = owner
         self._client: DockerClient | None = None
         self._owner: owners.Owner | None = None
+        self._left = False
+        """Whether something of ours could not be removed."""
+        self._note = ""
+        """What the lock's file says of us: on which daemon our containers are."""
         self._yard: _Yard | None = None
-        self._clock_offset_s: float | None = None
+        self._trial = anyio.Lock()
 
     def capabilities(self) -> Capabilities:
         """A box's output cannot be read twice: nothing keeps it."""
@@ -89,6 +94,7 @@ class DockerBackend:
     async def _find_yard(self) -> None:
         """Raises: ClocheError."""
         found = await to_thread.run_sync(address.find, self._settings)
+        self._note = leftovers.note(found.text)
         client = self._client = DockerClient(found.server)
         daemon = await probe.look(client, found)
         program = await to_thread.run_sync(supervisor_path, daemon.version.arch)
@@ -111,9 +117,28 @@ class DockerBackend:
             guarantees=probe.guarantees(daemon, None, guest=False),
         )
         yard = _Yard(daemon, ground, images, volume, posture)
-        if probe.runtime_in_force(self._settings.docker_runtime, daemon.info) not in probe.PLAIN_RUNTIMES:
-            yard = await self._try_runtime(yard)
-        self._yard = yard
+        runtime = probe.runtime_in_force(self._settings.docker_runtime, daemon.info)
+        self._yard = replace(yard, tried=runtime in probe.PLAIN_RUNTIMES)
+        try:
+            await self._tried(self._settings.image)
+        except ImageUnavailable as exc:
+            # No reason to be unavailable: a run may have another image. The first one tries the runtime with its own.
+            self._yard = replace(
+                self._yard, posture=replace(posture, reason=f"its runtime was not tried: {exc.message}")
+            )
+
+    async def _tried(self, image: str) -> _Yard:
+        """The yard, with its runtime tried in a box of this image if it was not before.
+
+        Raises:
+            ImageUnavailable: it cannot be had.
+            ClocheError: no box can be made with the runtime.
+        """
+        assert self._yard is not None
+        async with self._trial:
+            if not self._yard.tried:
+                self._yard = await self._try_runtime(self._yard, image)
+            return self._yard
 
     async def _become_owner(self) -> str | None:
         """The id of the folder that has our lock. Without one a dead owner's boxes go when they expire, not before."""
@@ -122,7 +147,9 @@ class DockerBackend:
             if not owners.SUPPORTED:
                 return None
             folder = owners.state_folder()
-            return owners.Owner(folder, self._owner_name), owners.place_id(folder)
+            place, owner = owners.place_id(folder), owners.Owner(folder, self._owner_name)
+            owner.note(self._note)
+            return owner, place
 
         try:
             with anyio.CancelScope(shield=True):  # else what the thread has made would be known to nobody
@@ -135,7 +162,7 @@ class DockerBackend:
         self._owner, place = found
         return place
 
-    async def _try_runtime(self, yard: _Yard) -> _Yard:
+    async def _try_runtime(self, yard: _Yard, image: str) -> _Yard:
         """Make one box, and see which kernel it has.
 
         Raises:
@@ -143,7 +170,7 @@ class DockerBackend:
         """
         # As for a kernel of its own, until it is known: the bounds of the other kind could keep it from starting.
         ground = replace(yard.ground, guest_kernel=True)
-        profile = trial.profile(self._owner_name, self._settings.start_timeout)
+        profile = trial.profile(self._owner_name, image, self._settings.start_timeout)
         with anyio.move_on_after(self._settings.start_timeout) as waiting:
             async with self._box(replace(yard, ground=ground), profile) as box:
                 shown = await trial.run(box, profile)
@@ -158,7 +185,7 @@ class DockerBackend:
             engine=f"{yard.posture.engine}, {'guest ' if guest else ''}kernel {shown.kernel or 'unknown'}",
             guarantees=probe.guarantees(yard.daemon, shown.hardening, guest=guest),
         )
-        return replace(yard, ground=replace(ground, guest_kernel=guest), posture=posture)
+        return replace(yard, ground=replace(ground, guest_kernel=guest), posture=posture, tried=True)
 
     @contextlib.asynccontextmanager
     async def open(self, profile: Profile) -> AsyncIterator[Box]:
@@ -171,7 +198,8 @@ class DockerBackend:
         posture = await self.probe()
         if self._yard is None:
             raise BackendUnavailable(posture.reason, hint=posture.hint)
-        async with self._box(self._yard, profile) as box:
+        yard = await self._tried(profile.image or self._settings.image)
+        async with self._box(yard, profile) as box:
             yield box
 
     @contextlib.asynccontextmanager
@@ -201,7 +229,9 @@ class DockerBackend:
         assert self._client is not None
         image = await yard.images.ensure(profile.image or self._settings.image)
         await yard.volume.ensure(yard.ground, image.id)
-        labels = manifest.labels(profile, yard.ground, profile.expires_at + await self._clock_offset())
+        # By the daemon's clock, asked each time: either of the two may have been set since.
+        expires = profile.expires_at + await self._client.clock_offset_s()
+        labels = manifest.labels(profile, yard.ground, expires)
         name = f"cloche-{profile.run_id}-{secrets.token_hex(4)}"
         body = manifest.container(profile, yard.ground, image, labels)
         try:
@@ -211,16 +241,18 @@ class DockerBackend:
         except BaseException:
             await self._remove_failed(name)
             raise
-        try:
-            connection = await stack.enter_async_context(self._client.attach(name))
-            await self._client.start(name)
-            if (pids := manifest.start_pids(profile, yard.ground)) is not None:
-                await self._client.update(name, {"PidsLimit": pids})
-        except BaseException:
-            await self._remove_failed(name)
-            raise
+        async with AsyncExitStack() as attempt:
+            try:
+                connection = await attempt.enter_async_context(self._client.attach(name))
+                await self._client.start(name)
+                if (pids := manifest.start_pids(profile, yard.ground)) is not None:
+                    await self._client.update(name, {"PidsLimit": pids})
+            except BaseException:
+                await self._remove_failed(name)
+                raise
+            stack.push_async_exit(attempt.pop_all())
         stack.push_async_callback(self._remove, name)
-        return DockerBox(self._client, name, connection, yard.volume.doubt)
+        return DockerBox(self._client, name, connection, yard.volume.doubt, guest=yard.ground.guest_kernel)
 
     async def _remove_failed(self, name: str) -> None:
         """Remove what may have been made. What went wrong before is what is to be told, not that this fails too."""
@@ -241,14 +273,6 @@ class DockerBackend:
                 retryable=True,
             ) from None
 
-    async def _clock_offset(self) -> float:
-        """The daemon's clock less ours, in seconds, as it was once; expiry is written and judged by the daemon's clock."""
-        assert self._client is not None
-        if self._clock_offset_s is None:
-            engine = await self._client.engine_time()
-            self._clock_offset_s = 0.0 if engine is None else engine - time.time()
-        return self._clock_offset_s
-
     async def _remove(self, name: str) -> None:
         """Kill and remove a container, whatever comes in between.
 
@@ -261,6 +285,7 @@ class DockerBackend:
                 while not await self._ask_to_remove(name):  # noqa: ASYNC110 - somebody else removes it, and tells nobody
                     await anyio.sleep(REMOVE_POLL_S)
         except (HttpFailure, Refused, TimeoutError) as exc:
+            self._left = True
             raise EngineLost(f"The container {name} could not be removed: {_why(exc)}.") from exc
 
     async def _ask_to_remove(self, name: str) -> bool:
@@ -270,6 +295,7 @@ class DockerBackend:
             try:
                 return await self._client.remove(name)
             except (ConnectionLost, Refused) as exc:
+                # Podman answers 500 when a container ends just while it is to be ended.
                 log.debug("%s is not removed yet: %s", name, exc)
                 await anyio.sleep(pause)
         return await self._client.remove(name)
@@ -278,21 +304,27 @@ class DockerBackend:
         """Remove what has expired by the daemon's clock, and what belongs to a dead process of this machine.
 
         Raises:
-            HttpFailure, Refused: the daemon cannot be asked.
+            BackendUnavailable: the daemon cannot be asked.
         """
         if self._client is None or self._yard is None:
             return ()
-        return await leftovers.sweep(self._client, owner=self._owner_name, place=self._yard.ground.place)
+        keeper = leftovers.Keeper(self._owner_name, self._yard.ground.place, self._note)
+        try:
+            return await leftovers.sweep(self._client, keeper)
+        except (Refused, HttpFailure) as exc:
+            raise BackendUnavailable(f"The Docker daemon could not be asked for leftovers: {exc}.") from exc
 
     async def aclose(self) -> None:
         """Close the connections, and give up the owner's lock."""
         self._yard = None
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
-        if self._owner is not None:
-            self._owner.close()
-            self._owner = None
+        try:
+            if self._client is not None:
+                await self._client.aclose()
+                self._client = None
+        finally:
+            if self._owner is not None:
+                self._owner.close(left=self._left)
+                self._owner = None
 
 
 def _why(exc: Exception) -> str:

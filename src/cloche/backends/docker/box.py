@@ -23,9 +23,20 @@ _log = logging.getLogger("cloche.docker")
 
 
 class DockerBox:
-    """A started container with its streams attached. ``on_silence`` is called when it ended without a word."""
+    """A started container with its streams attached. ``on_silence`` is called when it ended without a word; ``guest`` says
+    that it has a kernel of its own.
+    """
 
-    def __init__(self, client: DockerClient, name: str, connection: Connection, on_silence: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        client: DockerClient,
+        name: str,
+        connection: Connection,
+        on_silence: Callable[[], None],
+        *,
+        guest: bool = False,
+    ) -> None:
+        self._guest = guest
         self._client = client
         self._name = name
         self._connection = connection
@@ -77,17 +88,22 @@ class DockerBox:
             with anyio.move_on_after(END_S):
                 await self._client.wait(self._name)
             state = await self._client.state(self._name)
+            # The daemon keeps it in mind when any process of the container was killed for want of memory. If somebody
+            # had the container killed after that, that was its end.
+            out_of_memory = state is not None and state.oom_killed
+            if out_of_memory and not self._guest:
+                out_of_memory = not await self._client.was_killed(self._name)
         except HttpFailure as exc:
             return Fate(FateKind.LOST, f"The daemon cannot be reached: {exc}.")
         except Refused as exc:
             if exc.status != 404:
                 return Fate(FateKind.LOST, f"The daemon cannot tell: {exc.message}")
-            state = None
+            state, out_of_memory = None, False
         if state is None:
             return Fate(FateKind.DELETED, "The container is not there any more.")
         if state.running:
             return Fate(FateKind.LOST, "The container still runs, and its streams have ended.")
-        if state.oom_killed:
+        if out_of_memory:
             return Fate(FateKind.OOM_KILLED, "The container ran out of memory.")
         said = self._message.decode("utf-8", "replace").strip() or state.error
         if self._broken and self._answered:

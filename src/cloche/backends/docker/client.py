@@ -12,6 +12,7 @@ import contextlib
 import email.utils
 import json
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -83,6 +84,11 @@ class DockerClient:
             return email.utils.parsedate_to_datetime(answer.headers.get("date", "")).timestamp()
         except (TypeError, ValueError):
             return None
+
+    async def clock_offset_s(self) -> float:
+        """The daemon's clock less ours, to the second; 0 where it does not tell."""
+        engine = await self.engine_time()
+        return 0.0 if engine is None else engine - time.time()
 
     # --- images -------------------------------------------------------------------------------------------------------
 
@@ -207,6 +213,16 @@ class DockerClient:
                 return None
             raise
         return facts.parse_state(_json(answer))
+
+    async def was_killed(self, name: str) -> bool:
+        """Whether somebody had a container killed through the daemon (kill, stop, a forced removal), as far as it remembers."""
+        filters = json.dumps({"container": [name], "event": ["kill"]})
+        query: dict[str, str | int] = {
+            "since": 0,
+            "until": int(time.time() + await self.clock_offset_s()) + 1,
+            "filters": filters,
+        }
+        return bool((await self._call("GET", "/events", query=query)).body.strip())
 
     async def remove(self, name: str) -> bool:
         """Kill and remove a container. False: somebody else is doing so."""

@@ -79,7 +79,7 @@ def _from_file(config: dict[str, Any], key: str) -> dict[str, str] | None:
         return {"identitytoken": str(entry["identitytoken"])}
     try:
         text = base64.b64decode(str(entry.get("auth", "")), validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError):
+    except (binascii.Error, ValueError):
         return None
     user, colon, password = text.partition(":")
     if colon:

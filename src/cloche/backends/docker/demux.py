@@ -27,11 +27,6 @@ class Demux:
         self._source: Source = "stdout"
         self._left = 0
 
-    @property
-    def cut(self) -> bool:
-        """Whether the bytes so far end in the middle of a piece."""
-        return bool(self._header) or self._left > 0
-
     def feed(self, data: bytes) -> Iterator[tuple[Source, bytes]]:
         """The pieces, or parts of them, that ``data`` brings.
 

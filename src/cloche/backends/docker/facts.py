@@ -91,8 +91,6 @@ class Info:
     swap_limit: bool
     pids_limit: bool
     cpu_limit: bool
-    cgroup: str
-    """``1``, ``2``, or empty where it is not said."""
 
 
 def parse_info(found: object) -> Info:
@@ -108,7 +106,6 @@ def parse_info(found: object) -> Info:
         swap_limit=field(found, "SwapLimit", bool, True),  # noqa: FBT003
         pids_limit=field(found, "PidsLimit", bool, True),  # noqa: FBT003
         cpu_limit=field(found, "CpuCfsQuota", bool, True),  # noqa: FBT003
-        cgroup=field(found, "CgroupVersion", str, ""),
     )
 
 
@@ -157,7 +154,7 @@ def parse_state(found: object) -> State:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """Something of cloche's on the daemon: a container or a volume."""
+    """Something with labels on the daemon: a container or a volume, by its name."""
 
     name: str
     labels: Mapping[str, str]
@@ -166,7 +163,8 @@ class Labelled:
 def parse_containers(found: object) -> list[Labelled]:
     """From the answer to ``/containers/json``."""
     rows = found if isinstance(found, list) else []
-    return [Labelled(field(row, "Id", str, ""), _labels(row)) for row in rows if field(row, "Id", str, "")]
+    names = [(next(iter(texts(field(row, "Names", list, []))), ""), row) for row in rows]
+    return [Labelled(name.lstrip("/"), _labels(row)) for name, row in names if name]
 
 
 def parse_volumes(found: object) -> list[Labelled]:

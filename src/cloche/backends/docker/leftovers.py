@@ -1,13 +1,16 @@
 """What the dead left on the daemon, and removing it.
 
 Everything that cloche makes there carries an absolute expiry, written when it was made, by the daemon's own clock: whoever
-finds it expired may remove it. Earlier only with proof that its owner is dead, which is a lock in a folder that both share.
+finds it expired may remove it, unless he can see that its owner lives. Earlier only with proof that the owner is dead, which
+is a lock in a folder that both share: the lock's file is there, and nobody holds it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
+from dataclasses import dataclass
 
 from anyio import to_thread
 
@@ -17,73 +20,101 @@ from cloche.backends.contract import Leftover
 from cloche.backends.docker import manifest
 from cloche.backends.docker.client import DockerClient, Refused
 from cloche.backends.docker.facts import Labelled
+from cloche.backends.docker.volume import LABEL_SUPERVISOR
 
 MAX_DIGITS = 15
 """Of a label with a time; some millions of years have so many."""
+NAME_PREFIX = "cloche-"
+
+_log = logging.getLogger("cloche.docker")
 
 
-async def sweep(client: DockerClient, *, owner: str, place: str | None) -> list[Leftover]:
-    """Remove it. ``owner`` is who asks, ``place`` the id of the folder of locks that he can see.
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """Who sweeps: his own name, the id of the folder of locks that he can see, and what a lock's file says of this daemon."""
+
+    owner: str
+    place: str | None
+    note: str
+
+
+def note(address: str) -> str:
+    """What an owner with containers on a daemon writes into the file of his lock."""
+    return f"docker {address}"
+
+
+async def sweep(client: DockerClient, keeper: Keeper) -> list[Leftover]:
+    """Remove it.
 
     Raises:
         Refused, HttpFailure: the daemon cannot be asked.
     """
     engine = await client.engine_time()
     now = time.time() if engine is None else engine
-    todo = [
-        ("container", container.name, reason)
-        for container in await client.containers(manifest.LABEL_EXPIRES)
-        if (reason := await _reason_to_remove(container, now, owner, place))
-    ]
-    volumes = await client.volumes(manifest.LABEL_EXPIRES)
-    todo += [("volume", volume.name, "it has expired") for volume in volumes if expired(volume, now)]
-    found = [await _remove(client, *thing) for thing in todo]
-    await to_thread.run_sync(_forget_the_dead)
-    return [leftover for leftover in found if leftover is not None]
+    containers = [found for found in await client.containers(manifest.LABEL_EXPIRES) if is_ours(found)]
+    todo = [(c, reason) for c in containers if (reason := await _reason_to_remove(c, now, keeper))]
+    left = [await _remove(client, "container", *thing) for thing in todo]
+    if all(leftover is None or leftover.removed for leftover in left):
+        await to_thread.run_sync(_forget_the_dead, keeper.note)
+    try:
+        volumes = await client.volumes(manifest.LABEL_EXPIRES)
+    except Refused as exc:  # who guards the daemon may not let us look
+        _log.info("volumes could not be looked for: %s", exc)
+        volumes = []
+    left += [await _remove(client, "volume", v, "it has expired") for v in volumes if is_ours(v) and expired(v, now)]
+    return [leftover for leftover in left if leftover is not None]
+
+
+def is_ours(found: Labelled) -> bool:
+    """Whether cloche made it. Labels alone do not tell: those of an image are its containers' too."""
+    labels = found.labels.keys()
+    return found.name.startswith(NAME_PREFIX) and bool(labels & {manifest.LABEL_OWNER, LABEL_SUPERVISOR})
 
 
 def expired(found: Labelled, now: float) -> bool:
-    """Whether anybody may remove it. What does not say when it expires is not ours."""
+    """Whether its time is over."""
     expires = found.labels.get(manifest.LABEL_EXPIRES, "")
     return expires.isdecimal() and len(expires) <= MAX_DIGITS and int(expires) < now
 
 
-async def _reason_to_remove(found: Labelled, now: float, owner: str, place: str | None) -> str:
+async def _reason_to_remove(found: Labelled, now: float, keeper: Keeper) -> str:
     """Empty: it may be a living run's."""
-    theirs = found.labels.get(manifest.LABEL_OWNER, "")
-    if theirs == owner:
+    owner = found.labels.get(manifest.LABEL_OWNER, "")
+    if owner == keeper.owner:
         return ""
-    if expired(found, now):
-        return "it has expired"
-    if place is None or found.labels.get(manifest.LABEL_PLACE) != place or not theirs:
-        return ""
-    return "" if await to_thread.run_sync(_is_alive, theirs) else f"owner {theirs} is dead"
+    alive = None
+    if owner and keeper.place is not None and found.labels.get(manifest.LABEL_PLACE) == keeper.place:
+        alive = await to_thread.run_sync(_is_alive, owner)
+    if alive is False:
+        return f"owner {owner} is dead"
+    return "it has expired" if alive is None and expired(found, now) else ""
 
 
-async def _remove(client: DockerClient, kind: str, name: str, reason: str) -> Leftover | None:
+async def _remove(client: DockerClient, kind: str, found: Labelled, reason: str) -> Leftover | None:
     """None: it is in use after all."""
     try:
         if kind == "volume":
-            await client.remove_volume(name)
+            await client.remove_volume(found.name)
         else:
-            await client.remove(name)
+            await client.remove(found.name)
     except Refused as exc:
         if kind == "volume" and exc.status == 409:
             return None
-        return Leftover(kind, name, removed=False, reason=exc.message)
+        return Leftover(kind, found.name, removed=False, reason=exc.message)
     except HttpFailure as exc:
-        return Leftover(kind, name, removed=False, reason=str(exc))
-    return Leftover(kind, name, removed=True, reason=reason)
+        return Leftover(kind, found.name, removed=False, reason=str(exc))
+    return Leftover(kind, found.name, removed=True, reason=reason)
 
 
-def _is_alive(owner: str) -> bool:
+def _is_alive(owner: str) -> bool | None:
     return owners.is_alive(owners.state_folder(), owner)
 
 
-def _forget_the_dead() -> None:
-    """Remove the locks of dead owners that noted no folder: theirs was nothing but containers."""
+def _forget_the_dead(own_note: str) -> None:
+    """Remove the locks of the dead that had nothing but containers on this daemon, which are gone now."""
     if not owners.SUPPORTED:
         return
     with contextlib.suppress(OSError):
         for owner in owners.dead(owners.state_folder()):
-            owner.left |= bool(owner.folders)
+            elsewhere = any(line != own_note for line in owner.notes) and owner.age_s < owners.NOTE_LIFE_S
+            owner.left |= bool(owner.folders) or elsewhere

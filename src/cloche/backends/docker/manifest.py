@@ -10,6 +10,7 @@ no Landlock and no mount that could be made read-only later.
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ def container(profile: Profile, ground: Ground, image: Image, labels: Mapping[st
         "CapAdd": [*CAPABILITIES, *(["CHOWN"] if ground.podman else [])],
         "SecurityOpt": ["no-new-privileges"],
         "NetworkMode": "none" if profile.network is Network.NONE else "default",
-        "IpcMode": "none",  # a namespace of its own, without the engine's writable /dev/shm and /dev/mqueue
+        "IpcMode": "none",  # a namespace of its own, without the engine's /dev/shm
         "Tmpfs": _mounts(profile, ground, image.volumes),
         "Mounts": [_supervisor_mount(ground, read_only=True)],
         "LogConfig": {"Type": "none", "Config": {}},
@@ -147,15 +148,29 @@ def _supervisor_mount(ground: Ground, *, read_only: bool) -> dict[str, Any]:
 
 def _mounts(profile: Profile, ground: Ground, image_volumes: tuple[str, ...]) -> dict[str, str]:
     each, theirs = shape.writable_bytes(profile.limits), f",uid={shape.BOX_UID},gid={shape.BOX_UID}"
-    every, few, many = "nosuid,nodev", ",nr_inodes=2", f",nr_inodes={shape.INODES}"
+    every, few, many = "nosuid,nodev", ",nr_inodes=64", f",nr_inodes={shape.INODES}"
     if ground.podman:
         every, few, many, theirs = "nosuid,nodev,notmpcopyup", "", "", ""
-    mounts = dict.fromkeys(image_volumes, f"ro,noexec,{every},size=4k{few}")
+    # What engines and images would leave open to write is covered.
+    covered = [*(["/run", "/var/tmp"] if ground.podman else ["/dev/mqueue"]), *_volumes(image_volumes)]
+    mounts = dict.fromkeys(covered, f"ro,noexec,{every},size=64k{few}")
     mounts[shape.WORKSPACE] = f"rw,exec,{every},mode=0755,size={shape.workspace_bytes(profile)}"
     for path in shape.WRITABLES:
         mode = "0755" if path == "/output" else "1777"
         mounts[path] = f"rw,exec,{every},mode={mode},size={each}{theirs}{many}"
     return mounts
+
+
+def _volumes(paths: tuple[str, ...]) -> list[str]:
+    """Where an image's volumes are covered: normalised, without what is a mount already, and without what lies in another
+    one of them, for which there is no place any more.
+    """
+    taken = ["/dev", "/proc", "/sys", shape.SUPERVISOR_FOLDER, shape.WORKSPACE, *shape.WRITABLES]
+    kept: list[str] = []
+    for path in sorted(posixpath.normpath(f"/{path}").replace("//", "/") for path in paths):
+        if path != "/" and not any(path == other or path.startswith(f"{other}/") for other in (*taken, *kept)):
+            kept.append(path)
+    return kept
 
 
 def _limits(profile: Profile, ground: Ground) -> dict[str, Any]:

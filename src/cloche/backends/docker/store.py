@@ -41,14 +41,6 @@ class Images:
         """It is not there any more: look again."""
         self._known.pop(name, None)
 
-    async def is_here(self, name: str) -> bool:
-        """Whether the daemon has the image now.
-
-        Raises:
-            Refused, HttpFailure.
-        """
-        return await self._client.image(name) is not None
-
     async def ensure(self, name: str) -> Image:
         """The image, pulled if it is to be pulled. Two who want the same one wait for one pull.
 
@@ -90,7 +82,8 @@ class Images:
 
     async def _fetch(self, name: str) -> None:
         reference = parse_reference(name)
-        auth = await to_thread.run_sync(registry_auth, self._config, reference.registry)
+        # A helper may wait for a person, and nothing is lost with its answer.
+        auth = await to_thread.run_sync(registry_auth, self._config, reference.registry, abandon_on_cancel=True)
         _log.info("pulling %s", name)
         try:
             await self._follow(name, reference, auth)

@@ -25,13 +25,14 @@ class Shown:
     hardening: Hardening
 
 
-def profile(owner: str, start_timeout_s: float) -> Profile:
+def profile(owner: str, image: str, start_timeout_s: float) -> Profile:
     """What a trial box is made from."""
     return Profile(
         run_id=f"trial{secrets.token_hex(4)}",
         owner=owner,
         expires_at=time.time() + start_timeout_s + TIMEOUT_S,
         limits=Limits(timeout_s=TIMEOUT_S, pids=PIDS, output_bytes=4096),
+        image=image,
     )
 
 

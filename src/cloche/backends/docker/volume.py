@@ -8,6 +8,7 @@ that does not start (:meth:`SupervisorVolume.doubt`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -79,7 +80,11 @@ class SupervisorVolume:
         return not made.isdecimal() or await self._now() - int(made) < YOUNG_S
 
     async def _fill(self, ground: Ground, image: str) -> None:
-        now = await self._now()
+        labels, now = await self._client.volume_labels(self.name), await self._now()
+        if labels is not None and LABEL_MADE not in labels:
+            # A container was made without it, and the daemon made an empty one that nobody would ever sweep.
+            with contextlib.suppress(Refused):  # in use
+                await self._client.remove_volume(self.name)
         made = {LABEL_SUPERVISOR: self.name, LABEL_MADE: str(int(now))}
         await self._client.create_volume(
             manifest.volume(self.name, {**made, manifest.LABEL_EXPIRES: str(int(now + LIFE_S))})

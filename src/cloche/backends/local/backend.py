@@ -403,6 +403,7 @@ def _sweep() -> list[Leftover]:
     if probe.platform_reason() is not None:
         return swept
     for owner in owners.dead(owners.state_folder()):
+        owner.left |= bool(owner.notes) and owner.age_s < owners.NOTE_LIFE_S  # another backend's
         for root in owner.folders:
             folders = list(root.glob(f"{cgroup.name_prefix(owner.name)}*"))
             places.stop_scopes(folders)

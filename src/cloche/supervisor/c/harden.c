@@ -144,7 +144,9 @@ const char *harden_script(const struct options *o, pid_t supervisor, unsigned *d
 			errno = 0;
 		close(fd);
 	}
-	if (!limit(RLIMIT_CORE, 0) || !limit(RLIMIT_NOFILE, o->nofile) || !limit(RLIMIT_FSIZE, o->fsize))
+	/* One byte and not none: none keeps a core from a file, and hands it to a program that core_pattern names all the same;
+	 * one is how the kernel is told not to (Linux, fs/coredump.c). */
+	if (!limit(RLIMIT_CORE, 1) || !limit(RLIMIT_NOFILE, o->nofile) || !limit(RLIMIT_FSIZE, o->fsize))
 		return "setrlimit";
 	if (o->nproc > 0) {
 		if (!limit(RLIMIT_NPROC, o->nproc))

@@ -251,8 +251,10 @@ static bool take_bundle(struct bundle *b, int *input)
 	else if (!ok)
 		frame_fail("protocol-error", "The bundle cannot be read: %s%s%s.", b->error, b->sink_errno ? ": " : "",
 			   b->sink_errno ? strerror(b->sink_errno) : "");
-	if (run.o.lifeline)
-		run.lifeline = fcntl(0, F_DUPFD_CLOEXEC, 3);
+	if (run.o.lifeline && (run.lifeline = fcntl(0, F_DUPFD_CLOEXEC, 3)) < 0) {
+		frame_fail("backend-unavailable", "The box cannot tell when its client is gone: %s.", strerror(errno));
+		return false;
+	}
 	/* What brought the bundle is not the script's to read. */
 	int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
 
