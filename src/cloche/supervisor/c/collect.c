@@ -120,19 +120,20 @@ static void send_file(int fd, uint64_t size, uint64_t bound, const char *path)
 	}
 }
 
+/* Gives how many entries it skipped; a folder that cannot be read counts as one. */
 uint64_t collect(const char *folder, uint64_t max_bytes, uint64_t max_count)
 {
 	static char path[PATH_BYTES];
 	struct stat top;
 
 	if (lstat(folder, &top) != 0 || !S_ISDIR(top.st_mode))
-		return 0;
+		return 1;
 	if ((top.st_mode & 0500) != 0500 && chmod(folder, 0700) != 0) /* locked, as folders in it may be */
-		return 0;
+		return 1;
 	int root = open(folder, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 
 	if (root < 0)
-		return 0;
+		return 1;
 	found.most = max_count < KEEP_MAX ? (size_t)max_count : KEEP_MAX;
 	walk(fcntl(root, F_DUPFD_CLOEXEC, 3), path, 0, 0);
 	qsort(found.paths, found.kept, sizeof *found.paths, by_name);

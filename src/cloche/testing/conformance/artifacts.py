@@ -45,6 +45,13 @@ class Artifacts(Suite):
             assert artifact.sha256 == hashlib.sha256(expected[artifact.path]).hexdigest()
             assert not artifact.truncated
 
+    async def test_private(self, sandbox: cloche.Sandbox) -> None:
+        """What only the script's own user may read is collected like the rest."""
+        result = await sandbox.run(shell("umask 077; mkdir /output/folder; echo mine > /output/folder/file"))
+        assert_exited(result)
+        assert [(a.path, a.data) for a in result.artifacts] == [("folder/file", b"mine\n")]
+        assert result.artifacts_skipped == 0
+
     async def test_none(self, sandbox: cloche.Sandbox) -> None:
         """A script that leaves nothing has no artifacts."""
         result = await sandbox.run(shell("mkdir /output/folder; echo x > /tmp/elsewhere"))
