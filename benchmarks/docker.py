@@ -133,6 +133,7 @@ async def steps(settings: cloche.Settings, guest: bool, rounds: int) -> dict[str
             if i >= 3:
                 for step, taken in laps.items():
                     times.setdefault(step, []).append(taken)
+        await client.remove_volume(VOLUME)
     finally:
         await client.aclose()
     return {step: summary(values)["p50_ms"] for step, values in times.items()}

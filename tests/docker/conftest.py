@@ -22,6 +22,12 @@ def docker(request: pytest.FixtureRequest) -> Target:
     return modes.ready(request.param)
 
 
+@pytest.fixture(scope="session", params=["docker", "docker-guest", "docker-old", "podman"])
+def anywhere(request: pytest.FixtureRequest) -> Target:
+    """Every daemon and runtime that is shared."""
+    return modes.ready(request.param)
+
+
 @pytest.fixture
 def engine(docker: Target) -> Engine:
     """The same daemon, past cloche."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+from tests import daemons, modes
 from tests.docker.conftest import private
 from tests.engines.docker import images
 from tests.engines.docker.daemon import Daemon
@@ -186,10 +187,29 @@ async def test_no_name_of_an_image(hub: tuple[Daemon, Registry], tmp_path: Path,
     assert image in caught.value.message
 
 
+@pytest.fixture
+def guest() -> Target:
+    """The daemon with a runtime that has a kernel of its own."""
+    return modes.ready("docker-guest")
+
+
+async def test_no_image_for_the_trial(guest: Target) -> None:
+    """A default image that is missing makes a runtime no less available: a run with an image that is there tries it then."""
+    async with guest.sandbox(CLOCHE_IMAGE="cloche-test/none:1") as opened:
+        posture = await opened.posture()
+        assert posture.isolation is cloche.Isolation.CONTAINER
+        assert "cloche-test/none:1" in posture.reason
+        with pytest.raises(cloche.ImageUnavailable):
+            await opened.run(tiny())
+        source = "import os; print(os.uname().release)"
+        result = await opened.run(cloche.Spec(name="a.py", content=source, image=guest.environ["CLOCHE_IMAGE"]))
+        assert "gvisor" in result.stdout
+        with pytest.raises(cloche.IsolationUnavailable):
+            await opened.run(tiny(min_isolation="kernel"))
+
+
 async def test_another_architecture(docker: Target) -> None:
     """An image for another architecture is refused before anything is made, with both architectures named."""
-    from tests import daemons
-
     engine = daemons.engine(docker.environ["CLOCHE_DOCKER_HOST"])
     with open(images.TINY.obtain(), "rb") as file:  # noqa: ASYNC230 (a test may touch the disk)
         query = {"fromSrc": "-", "repo": "cloche-test/other-arch", "tag": "1", "platform": "linux/arm64"}
@@ -205,14 +225,6 @@ async def test_another_architecture(docker: Target) -> None:
     assert "arm64" in caught.value.message
     assert "amd64" in caught.value.message
     assert caught.value.hint
-
-
-@pytest.fixture(params=["docker", "docker-guest", "docker-old"])
-def anywhere(request: pytest.FixtureRequest) -> Target:
-    """Every daemon and runtime that is shared."""
-    from tests import modes
-
-    return modes.ready(request.param)
 
 
 async def test_an_image_with_nothing_but_a_program(anywhere: Target) -> None:

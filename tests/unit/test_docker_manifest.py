@@ -131,7 +131,7 @@ def test_podman() -> None:
     """Podman is asked for nothing that it refuses, and what it leaves open to write is covered."""
     made = body(ground=Ground(volume="v", podman=True))
     mounts: dict[str, str] = made["HostConfig"]["Tmpfs"]
-    assert {path for path, text in mounts.items() if "ro" in text.split(",")} == {"/run", "/var/tmp"}
+    assert {path for path, text in mounts.items() if "ro" in text.split(",")} == {"/run", "/var/tmp", "/dev/mqueue"}
     assert not any(word in text for text in mounts.values() for word in ("nr_inodes", "uid=", "gid="))
     assert all("notmpcopyup" in text for text in mounts.values())
     assert made["HostConfig"]["CapAdd"] == [*manifest.CAPABILITIES, "CHOWN"]

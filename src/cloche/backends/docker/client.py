@@ -215,11 +215,14 @@ class DockerClient:
         return facts.parse_state(_json(answer))
 
     async def was_killed(self, name: str) -> bool:
-        """Whether somebody had a container killed through the daemon (kill, stop, a forced removal), as far as it remembers."""
+        """Whether somebody had a container killed through the daemon (kill, stop, a forced removal), as far as it remembers.
+
+        It may take two seconds: the daemon writes it down a moment after the container has ended.
+        """
         filters = json.dumps({"container": [name], "event": ["kill"]})
         query: dict[str, str | int] = {
-            "since": 0,
-            "until": int(time.time() + await self.clock_offset_s()) + 1,
+            "since": 1,
+            "until": int(time.time() + await self.clock_offset_s()) + 2,
             "filters": filters,
         }
         return bool((await self._call("GET", "/events", query=query)).body.strip())

@@ -20,6 +20,8 @@ from cloche.backends.docker.pull import Progress
 from cloche.errors import ImageUnavailable
 
 WORDS_EVERY_S = 0.1
+NO_NAME = frozenset({301, 307, 308, 400})
+"""What a daemon answers to what is no name of an image; redirections to what looks like a path that climbs."""
 
 _log = logging.getLogger("cloche.docker")
 _progress = logging.getLogger("cloche.progress")
@@ -76,7 +78,7 @@ class Images:
         try:
             return await self._client.image(name)
         except Refused as exc:
-            if exc.status == 400:
+            if exc.status in NO_NAME:
                 raise ImageUnavailable(f"{name!r} is no name of an image: {exc.message}.") from None
             raise
 
