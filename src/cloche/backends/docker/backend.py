@@ -39,7 +39,7 @@ log = logging.getLogger("cloche.docker")
 
 
 @dataclass(frozen=True, slots=True)
-class _Yard:
+class _Setup:
     """What the probe found out: how boxes are made on this daemon."""
 
     daemon: Daemon
@@ -63,7 +63,7 @@ class DockerBackend:
         """Whether something of ours could not be removed."""
         self._note = ""
         """What the lock's file says of us: on which daemon our containers are."""
-        self._yard: _Yard | None = None
+        self._setup: _Setup | None = None
         self._trial = anyio.Lock()
 
     def capabilities(self) -> Capabilities:
@@ -72,13 +72,13 @@ class DockerBackend:
 
     async def probe(self) -> Posture:
         """Ask the daemon what it offers; where its runtime may have a kernel of its own, make one box to see. Once."""
-        if self._yard is None:
+        if self._setup is None:
             try:
-                await self._find_yard()
+                await self._set_up()
             except ClocheError as exc:
                 return Posture("docker", available=False, isolation=Isolation.NONE, reason=exc.message, hint=exc.hint)
-        assert self._yard is not None
-        return self._yard.posture
+        assert self._setup is not None
+        return self._setup.posture
 
     async def prepare(self) -> None:
         """Have the image and the supervisor on the daemon, before a run has to wait for them.
@@ -86,12 +86,12 @@ class DockerBackend:
         Raises:
             ClocheError: they cannot be had. The first run will say so too.
         """
-        if self._yard is not None:
+        if self._setup is not None:
             with _translated("prepared"):
-                image = await self._yard.images.ensure(self._settings.image)
-                await self._yard.volume.ensure(self._yard.ground, image.id)
+                image = await self._setup.images.ensure(self._settings.image)
+                await self._setup.volume.ensure(self._setup.ground, image.id)
 
-    async def _find_yard(self) -> None:
+    async def _set_up(self) -> None:
         """Raises: ClocheError."""
         found = await to_thread.run_sync(address.find, self._settings)
         self._note = leftovers.note(found.text)
@@ -116,29 +116,32 @@ class DockerBackend:
             engine=_engine(daemon, self._settings.docker_runtime),
             guarantees=probe.guarantees(daemon, None, guest=False),
         )
-        yard = _Yard(daemon, ground, images, volume, posture)
+        setup = _Setup(daemon, ground, images, volume, posture)
         runtime = probe.runtime_in_force(self._settings.docker_runtime, daemon.info)
-        self._yard = replace(yard, tried=runtime in probe.PLAIN_RUNTIMES)
+        self._setup = replace(setup, tried=runtime in probe.PLAIN_RUNTIMES)
         try:
             await self._tried(self._settings.image)
         except ImageUnavailable as exc:
             # No reason to be unavailable: a run may have another image. The first one tries the runtime with its own.
-            self._yard = replace(
-                self._yard, posture=replace(posture, reason=f"its runtime was not tried: {exc.message}")
+            self._setup = replace(
+                self._setup, posture=replace(posture, reason=f"its runtime was not tried: {exc.message}")
             )
+        except ClocheError:
+            self._setup = None
+            raise
 
-    async def _tried(self, image: str) -> _Yard:
-        """The yard, with its runtime tried in a box of this image if it was not before.
+    async def _tried(self, image: str) -> _Setup:
+        """The set-up, with its runtime tried in a box of this image if it was not before.
 
         Raises:
             ImageUnavailable: it cannot be had.
             ClocheError: no box can be made with the runtime.
         """
-        assert self._yard is not None
+        assert self._setup is not None
         async with self._trial:
-            if not self._yard.tried:
-                self._yard = await self._try_runtime(self._yard, image)
-            return self._yard
+            if not self._setup.tried:
+                self._setup = await self._try_runtime(self._setup, image)
+            return self._setup
 
     async def _become_owner(self) -> str | None:
         """The id of the folder that has our lock. Without one a dead owner's boxes go when they expire, not before."""
@@ -162,30 +165,30 @@ class DockerBackend:
         self._owner, place = found
         return place
 
-    async def _try_runtime(self, yard: _Yard, image: str) -> _Yard:
+    async def _try_runtime(self, setup: _Setup, image: str) -> _Setup:
         """Make one box, and see which kernel it has.
 
         Raises:
             ClocheError: no box can be made with it.
         """
         # As for a kernel of its own, until it is known: the bounds of the other kind could keep it from starting.
-        ground = replace(yard.ground, guest_kernel=True)
+        ground = replace(setup.ground, guest_kernel=True)
         profile = trial.profile(self._owner_name, image, self._settings.start_timeout)
         with anyio.move_on_after(self._settings.start_timeout) as waiting:
-            async with self._box(replace(yard, ground=ground), profile) as box:
+            async with self._box(replace(setup, ground=ground), profile) as box:
                 shown = await trial.run(box, profile)
         if waiting.cancelled_caught:
             raise BackendUnavailable(f"A trial box was not ready within {self._settings.start_timeout:g} s.")
-        host = yard.daemon.version.kernel
+        host = setup.daemon.version.kernel
         guest = bool(shown.kernel and host) and shown.kernel != host
         log.info("the runtime's kernel is %r, the engine's host has %r", shown.kernel, host)
         posture = replace(
-            yard.posture,
+            setup.posture,
             isolation=Isolation.KERNEL if guest else Isolation.CONTAINER,
-            engine=f"{yard.posture.engine}, {'guest ' if guest else ''}kernel {shown.kernel or 'unknown'}",
-            guarantees=probe.guarantees(yard.daemon, shown.hardening, guest=guest),
+            engine=f"{setup.posture.engine}, {'guest ' if guest else ''}kernel {shown.kernel or 'unknown'}",
+            guarantees=probe.guarantees(setup.daemon, shown.hardening, guest=guest),
         )
-        return replace(yard, ground=replace(ground, guest_kernel=guest), posture=posture, tried=True)
+        return replace(setup, ground=replace(ground, guest_kernel=guest), posture=posture, tried=True)
 
     @contextlib.asynccontextmanager
     async def open(self, profile: Profile) -> AsyncIterator[Box]:
@@ -196,44 +199,44 @@ class DockerBackend:
             ImageUnavailable: the daemon cannot have the image.
         """
         posture = await self.probe()
-        if self._yard is None:
+        if self._setup is None:
             raise BackendUnavailable(posture.reason, hint=posture.hint)
-        yard = await self._tried(profile.image or self._settings.image)
-        async with self._box(yard, profile) as box:
+        setup = await self._tried(profile.image or self._settings.image)
+        async with self._box(setup, profile) as box:
             yield box
 
     @contextlib.asynccontextmanager
-    async def _box(self, yard: _Yard, profile: Profile) -> AsyncIterator[DockerBox]:
+    async def _box(self, setup: _Setup, profile: Profile) -> AsyncIterator[DockerBox]:
         async with AsyncExitStack() as stack:
             with _translated("made"):
-                box = await self._start_box(yard, profile, stack)
+                box = await self._start_box(setup, profile, stack)
             yield box
 
-    async def _start_box(self, yard: _Yard, profile: Profile, stack: AsyncExitStack) -> DockerBox:
+    async def _start_box(self, setup: _Setup, profile: Profile, stack: AsyncExitStack) -> DockerBox:
         """A started container whose removal is on the stack. What was removed since we looked is looked for once more."""
         wanted = profile.image or self._settings.image
         try:
-            return await self._attempt(yard, profile, stack)
+            return await self._attempt(setup, profile, stack)
         except Refused as exc:
             if exc.status == 404 and "image" in exc.message.lower():
-                yard.images.forget(wanted)
+                setup.images.forget(wanted)
             elif shape.SUPERVISOR in exc.message:
                 log.info("the supervisor is not in its volume any more: %s", exc.message)
-                yard.volume.doubt()
+                setup.volume.doubt()
             else:
                 raise
-        return await self._attempt(yard, profile, stack)
+        return await self._attempt(setup, profile, stack)
 
-    async def _attempt(self, yard: _Yard, profile: Profile, stack: AsyncExitStack) -> DockerBox:
+    async def _attempt(self, setup: _Setup, profile: Profile, stack: AsyncExitStack) -> DockerBox:
         """Raises: Refused, HttpFailure, ClocheError; with nothing left behind."""
         assert self._client is not None
-        image = await yard.images.ensure(profile.image or self._settings.image)
-        await yard.volume.ensure(yard.ground, image.id)
+        image = await setup.images.ensure(profile.image or self._settings.image)
+        await setup.volume.ensure(setup.ground, image.id)
         # By the daemon's clock, asked each time: either of the two may have been set since.
         expires = profile.expires_at + await self._client.clock_offset_s()
-        labels = manifest.labels(profile, yard.ground, expires)
+        labels = manifest.labels(profile, setup.ground, expires)
         name = f"cloche-{profile.run_id}-{secrets.token_hex(4)}"
-        body = manifest.container(profile, yard.ground, image, labels)
+        body = manifest.container(profile, setup.ground, image, labels)
         try:
             await self._create(name, body)
         except ConnectFailure:
@@ -245,14 +248,14 @@ class DockerBackend:
             try:
                 connection = await attempt.enter_async_context(self._client.attach(name))
                 await self._client.start(name)
-                if (pids := manifest.start_pids(profile, yard.ground)) is not None:
+                if (pids := manifest.start_pids(profile, setup.ground)) is not None:
                     await self._client.update(name, {"PidsLimit": pids})
             except BaseException:
                 await self._remove_failed(name)
                 raise
             stack.push_async_exit(attempt.pop_all())
         stack.push_async_callback(self._remove, name)
-        return DockerBox(self._client, name, connection, yard.volume.doubt, guest=yard.ground.guest_kernel)
+        return DockerBox(self._client, name, connection, setup.volume.doubt, guest=setup.ground.guest_kernel)
 
     async def _remove_failed(self, name: str) -> None:
         """Remove what may have been made. What went wrong before is what is to be told, not that this fails too."""
@@ -306,9 +309,9 @@ class DockerBackend:
         Raises:
             BackendUnavailable: the daemon cannot be asked.
         """
-        if self._client is None or self._yard is None:
+        if self._client is None or self._setup is None:
             return ()
-        keeper = leftovers.Keeper(self._owner_name, self._yard.ground.place, self._note)
+        keeper = leftovers.Keeper(self._owner_name, self._setup.ground.place, self._note)
         try:
             return await leftovers.sweep(self._client, keeper)
         except (Refused, HttpFailure) as exc:
@@ -316,7 +319,7 @@ class DockerBackend:
 
     async def aclose(self) -> None:
         """Close the connections, and give up the owner's lock."""
-        self._yard = None
+        self._setup = None
         try:
             if self._client is not None:
                 await self._client.aclose()
