@@ -823,6 +823,35 @@ async def test_sweep_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     assert "sweep" in caplog.text
 
 
+async def test_sweep_that_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    """A sweep that fails with an error of cloche's is told in its words, without a traceback."""
+    backend = FakeBackend([Play(HI)], leftovers=cloche.BackendUnavailable("The daemon does not answer."))
+    async with sandbox(backend) as s:
+        assert (await s.run(SPEC)).exit_code == 3
+    assert s.counters.sweeps_failed == 1
+    assert "The daemon does not answer." in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+async def test_prepared() -> None:
+    """Entering has the backend prepare itself in the background, once."""
+    backend = FakeBackend([Play(HI)])
+    async with sandbox(backend) as s:
+        await s.run(SPEC)
+        await s.run(SPEC)
+    assert backend.prepared == 1
+
+
+@pytest.mark.parametrize("error", [cloche.ImageUnavailable("There is no such image."), OSError("no")])
+async def test_preparation_that_fails(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    """A preparation that fails is logged, and no run notices: one that needs what is missing says so itself."""
+    caplog.set_level(logging.INFO, "cloche.runtime")
+    backend = FakeBackend([Play(HI)], prepare_error=error)
+    async with sandbox(backend) as s:
+        assert (await s.run(SPEC)).exit_code == 3
+    assert str(error).split(".")[0] in caplog.text
+
+
 async def test_no_script_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing of the script, its arguments, its environment or its output is logged."""
     spec = Spec(content="SECRET", name="a.py", args=("SECRET",), env={"X": "SECRET"}, stdin=b"SECRET")
