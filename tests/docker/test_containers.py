@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import ipaddress
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,57 @@ async def test_cpus(docker: Target) -> None:
     assert result.usage.cpu_ms is not None
     assert run_ms is not None
     assert result.usage.cpu_ms < 0.75 * run_ms
+
+
+LISTENER = """
+import socket, sys
+server = socket.create_server((sys.argv[1], 0))
+print(server.getsockname()[1], flush=True)
+while True:
+    connection, _ = server.accept()
+    connection.sendall(b"reached")
+    connection.close()
+"""
+REACH = """
+import socket, sys
+try:
+    with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5) as connection:
+        print(connection.recv(7).decode())
+except OSError as exc:
+    print(type(exc).__name__)
+"""
+
+
+@pytest.fixture
+def listener(docker: Target, engine: Engine) -> Iterator[tuple[str, str]]:
+    """Somebody who listens in the network of the daemon's host: address and port."""
+    (config,) = engine.get("/networks/bridge")["IPAM"]["Config"]
+    address = config.get("Gateway") or str(next(ipaddress.ip_network(config["Subnet"]).hosts()))
+    body = {
+        "Image": docker.environ["CLOCHE_IMAGE"],
+        "Cmd": ["python3", "-c", LISTENER, address],
+        "HostConfig": {"NetworkMode": "host"},
+    }
+    name = json.loads(engine.ask("POST", "/containers/create", body=body))["Id"]
+    try:
+        engine.ask("POST", f"/containers/{name}/start")
+        said, end = b"", time.monotonic() + 20
+        while not said and time.monotonic() < end:
+            time.sleep(0.1)
+            said = engine.ask("GET", f"/containers/{name}/logs", {"stdout": 1, "stderr": 1})
+        yield address, said[8:].decode().strip()
+    finally:
+        engine.ask("DELETE", f"/containers/{name}", {"force": 1})
+
+
+@pytest.mark.parametrize(("network", "said"), [("open", "reached\n"), ("none", "OSError\n")])
+async def test_network(docker: Target, listener: tuple[str, str], network: str, said: str) -> None:
+    """An open network reaches what the daemon's host reaches; without one the same address is not to be reached."""
+    spec = cloche.Spec(name="a.py", content=REACH, args=listener, network=cloche.Network(network), timeout=30)
+    async with docker.sandbox() as sandbox:
+        result = await sandbox.run(spec)
+    assert_exited(result)
+    assert result.stdout == said
 
 
 CROWD = """
