@@ -44,13 +44,21 @@ def local() -> Target:
     return Target("local", interpreters=offered, count_boxes=count_local_boxes, remains=leftovers.beside_standby)
 
 
+class Unset(Exception):
+    """No environment variable says where the engine is."""
+
+
 def _daemon(variable: str, **settings: str) -> Target:
-    """A daemon that an environment variable names; nobody's where it is not set."""
+    """A daemon that an environment variable names.
+
+    Raises:
+        Unset: it does not.
+    """
     host = os.environ.get(variable, "")
     image = os.environ.get("CLOCHE_TEST_DOCKER_IMAGE", "cloche-test/sandbox:1")
     guest = "CLOCHE_DOCKER_RUNTIME" in settings
     if not host or not all(settings.values()):
-        return Target("docker", {"CLOCHE_DOCKER_HOST": "unix:///set/with/" + variable})
+        raise Unset(f"{variable} is not set" if not host else "CLOCHE_TEST_DOCKER_RUNTIME is not set")
     return Target(
         "docker",
         {"CLOCHE_DOCKER_HOST": host, "CLOCHE_IMAGE": image, "CLOCHE_PULL": "never", **settings},
@@ -96,7 +104,11 @@ EXTRAS = ("docker-guest", "docker-old", "podman")
 
 def ready(mode: str) -> Target:
     """The target for a mode. Skips the test, or fails it under ``CLOCHE_MUST_WORK``, when its engine is not here."""
-    target = MODES[mode]()
+    try:
+        target = MODES[mode]()
+    except Unset as exc:
+        absent(mode, f"{exc} (make engines-docker starts daemons for the tests)")
+        raise
 
     async def probe() -> str:
         async with target.sandbox() as sandbox:
