@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -29,18 +30,13 @@ class UnixStream(httpcore2.AsyncNetworkStream):
         Raises:
             httpcore2.ReadTimeout, httpcore2.ReadError.
         """
-        try:
-            with anyio.fail_after(timeout):
-                while True:
-                    await anyio.lowlevel.checkpoint()  # a flood must not starve the others
-                    try:
-                        return self._socket.recv(max_bytes)
-                    except BlockingIOError:
-                        await anyio.wait_readable(self._socket)
-        except TimeoutError as exc:
-            raise httpcore2.ReadTimeout(str(exc)) from exc
-        except (OSError, anyio.ClosedResourceError) as exc:
-            raise httpcore2.ReadError(str(exc)) from exc
+        with _translated(httpcore2.ReadTimeout, httpcore2.ReadError), anyio.fail_after(timeout):
+            while True:
+                await anyio.lowlevel.checkpoint()  # a flood must not starve the others
+                try:
+                    return self._socket.recv(max_bytes)
+                except BlockingIOError:
+                    await anyio.wait_readable(self._socket)
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 (httpcore2's signature)
         """Send all of it.
@@ -49,18 +45,13 @@ class UnixStream(httpcore2.AsyncNetworkStream):
             httpcore2.WriteTimeout, httpcore2.WriteError.
         """
         rest = memoryview(buffer)
-        try:
-            with anyio.fail_after(timeout):
-                while rest:
-                    await anyio.lowlevel.checkpoint()
-                    try:
-                        rest = rest[self._socket.send(rest) :]
-                    except BlockingIOError:
-                        await anyio.wait_writable(self._socket)
-        except TimeoutError as exc:
-            raise httpcore2.WriteTimeout(str(exc)) from exc
-        except (OSError, anyio.ClosedResourceError) as exc:
-            raise httpcore2.WriteError(str(exc)) from exc
+        with _translated(httpcore2.WriteTimeout, httpcore2.WriteError), anyio.fail_after(timeout):
+            while rest:
+                await anyio.lowlevel.checkpoint()
+                try:
+                    rest = rest[self._socket.send(rest) :]
+                except BlockingIOError:
+                    await anyio.wait_writable(self._socket)
 
     async def aclose(self) -> None:
         """Close it; whoever still waits for it is woken."""
@@ -74,6 +65,17 @@ class UnixStream(httpcore2.AsyncNetworkStream):
             # An idle connection that can be read has been closed by the other side.
             return self._socket.fileno() < 0 or _readable(self._socket)
         return self._socket if info == "socket" else None
+
+
+@contextmanager
+def _translated(late: type[Exception], broken: type[Exception]) -> Iterator[None]:
+    """The system's errors become those that httpcore2 expects."""
+    try:
+        yield
+    except TimeoutError as exc:
+        raise late(str(exc)) from exc
+    except (OSError, anyio.ClosedResourceError) as exc:
+        raise broken(str(exc)) from exc
 
 
 def _readable(connected: socket.socket) -> bool:
@@ -101,18 +103,14 @@ class UnixBackend(httpcore2.AnyIOBackend):
             connecting.settimeout(0)
             for option in socket_options or ():
                 connecting.setsockopt(*option)
-            with anyio.fail_after(timeout):
+            with _translated(httpcore2.ConnectTimeout, httpcore2.ConnectError), anyio.fail_after(timeout):
                 while True:
                     try:
                         connecting.connect(path)
                         break
                     except BlockingIOError:  # its backlog is full
                         await anyio.sleep(0.005)
-        except BaseException as exc:
+        except BaseException:
             connecting.close()
-            if isinstance(exc, TimeoutError):
-                raise httpcore2.ConnectTimeout(str(exc)) from exc
-            if isinstance(exc, OSError):
-                raise httpcore2.ConnectError(str(exc)) from exc
             raise
         return UnixStream(connecting)

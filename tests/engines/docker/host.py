@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from tests.engines import debian
 
 PROGRAMS = {
     "gcc": "gcc",
@@ -81,34 +82,18 @@ def archive() -> str:
         MissingError: it uses none.
     """
     need("apt-get")
-    if not (sites := _sites()):
+    if not (sites := debian.sites()):
         run("apt-get", "update", "-q")
-        sites = _sites()
+        sites = debian.sites()
     if not sites:
         raise MissingError("apt on this machine knows no Debian archive, and the image is made from one")
     return sites[0]
 
 
-def _sites() -> list[str]:
-    ask = ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages", "Label: Debian", "Component: main"]
-    return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.split()
-
-
-def proxies() -> dict[str, str]:
-    """apt's proxies, as variables for debootstrap's wget."""
-    found = {}
-    for scheme in ("http", "https"):
-        ask = ["apt-config", "shell", "proxy", f"Acquire::{scheme}::Proxy"]
-        answer = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
-        if answer:
-            found[f"{scheme}_proxy"] = shlex.split(answer)[0].removeprefix("proxy=")
-    return found
-
-
 def unpack(packages: Sequence[str], folder: Path, into: Path) -> None:
     """Download Debian packages and lay their files out in a folder. Nothing is installed, no script of theirs runs."""
     need("apt-get", "dpkg-deb")
-    if not _sites():
+    if not debian.sites():
         run("apt-get", "update", "-q")
     # As root apt would hand the download to a user who may not write here.
     run("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *packages, cwd=folder)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.engines import debian
 from tests.engines.docker import cache, host
 
 SUITE = "bookworm"
@@ -92,7 +93,7 @@ def _make_sandbox(tree: Path) -> None:
     command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(tree), host.archive()]
     done = subprocess.run(
         command,
-        env={**os.environ, **host.proxies()},
+        env={**os.environ, **debian.proxies()},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shlex
 import shutil
 import ssl
 import subprocess
@@ -15,6 +14,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.engines import debian
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -99,28 +100,12 @@ def _requirements() -> list[str]:
 
 def _site() -> str:
     """The Debian archive that this machine's own apt uses."""
-    if not (sites := _debian_sites()):
+    if not (sites := debian.sites()):
         run("apt-get", "update", "-q")
-        sites = _debian_sites()
+        sites = debian.sites()
     if not sites:
         sys.exit("apt on this machine knows no Debian archive: name one with --mirror URL")
     return sites[0]
-
-
-def _debian_sites() -> list[str]:
-    ask = ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages", "Label: Debian", "Component: main"]
-    return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.split()
-
-
-def _proxies() -> dict[str, str]:
-    """apt's proxies, as variables for debootstrap's wget."""
-    found = {}
-    for scheme in ("http", "https"):
-        ask = ["apt-config", "shell", "proxy", f"Acquire::{scheme}::Proxy"]
-        answer = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
-        if answer:
-            found[f"{scheme}_proxy"] = shlex.split(answer)[0].removeprefix("proxy=")
-    return found
 
 
 def _make(image: Image, suite: str, site: str, requirements: list[str]) -> None:
@@ -131,7 +116,9 @@ def _make(image: Image, suite: str, site: str, requirements: list[str]) -> None:
         with open(log, "w", encoding="utf-8") as output:
             include = f"--include={','.join(PACKAGES)}"
             command = ["debootstrap", "--variant=minbase", include, suite, str(tree), site]
-            done = subprocess.run(command, env={**os.environ, **_proxies()}, stdout=output, stderr=output, check=False)
+            done = subprocess.run(
+                command, env={**os.environ, **debian.proxies()}, stdout=output, stderr=output, check=False
+            )
         if done.returncode:
             sys.exit(f"debootstrap failed; its log is {log}, and says at the end:\n{log.read_text()[-2000:]}")
         _configure(tree)
