@@ -54,7 +54,12 @@ async def test_order(docker: Docker) -> None:
     await run(docker)
     (box,) = docker.boxes()
     about = [str(request).replace(box.name, "BOX") for request in docker.engine.requests if box.name in str(request)]
-    assert about == ["POST /containers/BOX/attach", "POST /containers/BOX/start", "DELETE /containers/BOX"]
+    assert about == [
+        "POST /containers/BOX/attach",
+        "POST /containers/BOX/start",
+        "POST /containers/BOX/wait",
+        "DELETE /containers/BOX",
+    ]
 
 
 async def test_bundle(docker: Docker) -> None:

@@ -33,6 +33,7 @@ CREATE_S = 60.0
 """Making a container is not interrupted: the daemon would finish it after we have looked for what to remove."""
 REMOVE_S = 25.0
 REMOVE_POLL_S = 0.02
+END_BY_ITSELF_S = 0.3
 REMOVE_AGAIN_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 log = logging.getLogger("cloche.docker")
@@ -253,8 +254,9 @@ class DockerBackend:
             except BaseException:
                 await self._remove_failed(name)
                 raise
+            # Closed before the removal: a box whose client is gone ends itself.
+            stack.push_async_callback(self._remove, name)
             stack.push_async_exit(attempt.pop_all())
-        stack.push_async_callback(self._remove, name)
         return DockerBox(self._client, name, connection, setup.volume.doubt, guest=setup.ground.guest_kernel)
 
     async def _remove_failed(self, name: str) -> None:
@@ -285,11 +287,20 @@ class DockerBackend:
         assert self._client is not None
         try:
             with anyio.fail_after(REMOVE_S, shield=True):
+                await self._await_end(name)
                 while not await self._ask_to_remove(name):  # noqa: ASYNC110 - somebody else removes it, and tells nobody
                     await anyio.sleep(REMOVE_POLL_S)
         except (HttpFailure, Refused, TimeoutError) as exc:
             self._left = True
             raise EngineLost(f"The container {name} could not be removed: {_why(exc)}.") from exc
+
+    async def _await_end(self, name: str) -> None:
+        """Leave a container a moment to end by itself: the daemon removes one that has ended sooner than it kills one that is
+        just ending (moby 29: 29 to 33 against 36 to 40 ms in all, p50).
+        """
+        assert self._client is not None
+        with anyio.move_on_after(END_BY_ITSELF_S), contextlib.suppress(HttpFailure, Refused):
+            await self._client.wait(name)
 
     async def _ask_to_remove(self, name: str) -> bool:
         """Removing can be asked for again: whatever came of the first request, the second one says what is so now."""

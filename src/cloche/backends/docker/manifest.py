@@ -152,7 +152,8 @@ def _mounts(profile: Profile, ground: Ground, image_volumes: tuple[str, ...]) ->
     if ground.podman:
         every, few, many, theirs = "nosuid,nodev,notmpcopyup", "", "", ""
     # What engines and images would leave open to write is covered.
-    covered = ["/dev/mqueue", *(["/run", "/var/tmp"] if ground.podman else []), *_volumes(image_volumes)]
+    covered = [*([] if ground.guest_kernel else ["/dev/mqueue"]), *(["/run", "/var/tmp"] if ground.podman else [])]
+    covered += _volumes(image_volumes)
     mounts = dict.fromkeys(covered, f"ro,noexec,{every},size=64k{few}")
     mounts[shape.WORKSPACE] = f"rw,exec,{every},mode=0755,size={shape.workspace_bytes(profile)}"
     for path in shape.WRITABLES:
