@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -111,6 +112,65 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_parse_list)]
 """Names with commas between them."""
 Pairs = Annotated[dict[str, str], BeforeValidator(_parse_pairs)]
 """``name=value`` with commas between, or a JSON object."""
+
+
+def _is_label_name(name: str) -> bool:
+    """Whether Kubernetes takes it as the name of a label or an annotation: an optional domain, and a word of 63 at most."""
+    domain, slash, word = name.rpartition("/")
+    return bool(_LABEL_WORD.fullmatch(word)) and (not slash or (len(domain) <= 253 and bool(_DOMAIN.fullmatch(domain))))
+
+
+def _check_labels(labels: dict[str, str]) -> dict[str, str]:
+    for name, text in labels.items():
+        if not _is_label_name(name) or (text and not _LABEL_WORD.fullmatch(text)):
+            raise ValueError(f"{name}={text} is no label that Kubernetes takes")
+    return labels
+
+
+def _check_annotations(annotations: dict[str, str]) -> dict[str, str]:
+    for name in annotations:
+        if not _is_label_name(name):
+            raise ValueError(f"{name} is no name of an annotation that Kubernetes takes")
+    return annotations
+
+
+_LABEL_WORD = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+_DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+DNS_NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
+
+
+def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if not re.fullmatch(DNS_NAME, name):
+            raise ValueError(f"{name} is no name of a thing in Kubernetes")
+    return names
+
+
+Labels = Annotated[Pairs, AfterValidator(_check_labels)]
+"""Labels of Kubernetes' objects."""
+Annotations = Annotated[Pairs, AfterValidator(_check_annotations)]
+"""Annotations of Kubernetes' objects."""
+MAX_UID = 2**31 - 2
+
+
+def _parse_uids(value: Any) -> Any:
+    """``"1000"`` or ``"1000650000-1000659999"``."""
+    if not isinstance(value, str):
+        return value
+    first, _, last = value.partition("-")
+    return (int(first), int(last or first))
+
+
+def _check_uids(value: tuple[int, int]) -> tuple[int, int]:
+    first, last = value
+    if not 0 < first <= last <= MAX_UID:
+        raise ValueError("0 is never allowed, and the first uid comes before the last")
+    return value
+
+
+Uids = Annotated[tuple[int, int], BeforeValidator(_parse_uids), AfterValidator(_check_uids)]
+"""The first and the last uid of a range."""
 
 
 class Toleration(BaseModel):
@@ -340,8 +400,7 @@ class Settings(BaseModel):
         allowed="the name of a namespace",
         why="a namespace of its own can be locked down",
         alias=(_WEKNORA + "KUBE_NAMESPACE",),
-        min_length=1,
-        max_length=63,
+        pattern=DNS_LABEL,
     )
     kube_service_account: str = _setting(
         "cloche-sandbox-runner",
@@ -349,8 +408,7 @@ class Settings(BaseModel):
         allowed="the name of a service account",
         why="the namespace's default account may have rights",
         alias=(_WEKNORA + "KUBE_SERVICE_ACCOUNT",),
-        min_length=1,
-        max_length=253,
+        pattern=DNS_NAME,
     )
     kube_runtime_class: str | None = _setting(
         None,
@@ -358,10 +416,9 @@ class Settings(BaseModel):
         allowed="the name of a runtime class",
         unset="the cluster's own runtime",
         why="no name is the same on all clusters",
-        min_length=1,
-        max_length=253,
+        pattern=DNS_NAME,
     )
-    kube_node_selector: Pairs = _setting(
+    kube_node_selector: Labels = _setting(
         {},
         "Labels that a node must have, as `name=value,…` or JSON.",
         allowed="a list such as disk=ssd,pool=sandbox, or a JSON object",
@@ -381,22 +438,103 @@ class Settings(BaseModel):
         allowed="the name of a priority class",
         unset="the cluster's default",
         why="no name is the same on all clusters",
-        min_length=1,
-        max_length=253,
+        pattern=DNS_NAME,
     )
-    kube_image_pull_secrets: Names = _setting(
+    kube_image_pull_secrets: Annotated[Names, AfterValidator(_check_names)] = _setting(
         (),
         "Secrets with which the image is pulled, with commas between.",
         allowed="names of secrets with commas between",
         unset="none",
         why="public images need none",
     )
-    kube_labels: Pairs = _setting(
+    kube_labels: Labels = _setting(
         {},
-        "More labels for everything that is made, as `name=value,…` or JSON.",
-        allowed="a list such as team=search,env=prod, or a JSON object",
+        "More labels for Jobs and pods, as `name=value,…` or JSON. A queue such as Kueue finds its name here.",
+        allowed="a list such as team=search,env=prod, or a JSON object, of labels that Kubernetes takes",
         unset="none",
         why="cloche's own labels are enough for cloche",
+    )
+    kube_annotations: Annotations = _setting(
+        {},
+        "More annotations for Jobs and pods, as `name=value,…` or JSON.",
+        allowed="a list such as team=search, or a JSON object, of annotations that Kubernetes takes",
+        unset="none",
+        why="cloche needs none",
+    )
+    kube_cpu_request: float = _setting(
+        0.05,
+        "CPUs that the scheduler sets aside for a box; never more than its limit.",
+        allowed="a number from 0.001 to 1024",
+        why="most scripts wait; what is requested and not used is room that others lack",
+        ge=0.001,
+        le=1024,
+        allow_inf_nan=False,
+    )
+    kube_memory_request: ByteSize = _setting(
+        64 * 2**20,
+        "Bytes of memory that the scheduler sets aside for a box; never more than its limit.",
+        allowed=f"{_AMOUNT}, at least 1Mi",
+        why="an interpreter and a little data; raise it to the limit where nodes run full",
+        ge=2**20,
+        le=2**44,
+    )
+    kube_run_as_user: Uids = _setting(
+        (1_000_000_000, 1_999_999_999),
+        "The uids of which each box gets one of its own, as uid and gid, by chance: a first and a last one. The kernel counts "
+        "processes by uid, so boxes that share one share `CLOCHE_PIDS` too.",
+        allowed="a uid such as 65532 or a range such as 1000650000-1000659999, without 0",
+        why="no user of a node is there, and no range of subordinate uids",
+    )
+    kube_host_users: bool = _setting(
+        True,
+        "Whether boxes share the node's user namespace. false: each has one of its own (`hostUsers: false`), where uids are "
+        "below 65536, `CLOCHE_KUBE_RUN_AS_USER` included.",
+        allowed="true or false",
+        why="it takes a node whose kernel, runtime and file systems can do it",
+    )
+    kube_arch: Literal["x86_64", "aarch64"] | None = _setting(
+        None,
+        "Architecture of the nodes that boxes go to, of which the supervisor is.",
+        allowed="x86_64 or aarch64",
+        unset="that of this machine",
+        why="a cluster mostly has one, and cloche runs in it",
+    )
+    kube_config: str | None = _setting(
+        None,
+        "Kubernetes' configuration file, or several with colons between, for a process outside of a cluster.",
+        allowed="paths of files",
+        unset="inside a cluster the pod's own service account, else ~/.kube/config",
+        why="where every tool for Kubernetes looks",
+        alias=("KUBECONFIG",),
+        min_length=1,
+        max_length=16384,
+    )
+    kube_context: str | None = _setting(
+        None,
+        "Context of the configuration file whose cluster and user are taken.",
+        allowed="the name of a context",
+        unset="the current one of the file",
+        why="`kubectl config use-context` then holds for cloche too",
+        min_length=1,
+        max_length=1024,
+    )
+    kube_api_host: str | None = _setting(
+        None,
+        "Address of the API server for a process inside the cluster. Kubernetes sets it in every container.",
+        allowed="a host name or an address",
+        unset="this process is not inside a cluster",
+        why="only Kubernetes knows",
+        alias=("KUBERNETES_SERVICE_HOST",),
+        pattern=r"^[0-9A-Za-z.:-]{1,253}$",
+    )
+    kube_api_port: int = _setting(
+        443,
+        "Its port.",
+        allowed="a whole number from 1 to 65535",
+        why="what a cluster's own Service has",
+        alias=("KUBERNETES_SERVICE_PORT",),
+        ge=1,
+        le=65535,
     )
     opensandbox_api_url: str | None = _setting(
         None,

@@ -83,7 +83,9 @@ def raw(text: str) -> bytes:
 def test_there_and_back(argv: list[str], env: dict[str, str], entries: list[Entry], stdin: bytes | None) -> None:
     """Whatever goes into a bundle comes out of it, byte for byte, with the links last."""
     bundle = Bundle(argv, env, Limits(timeout_s=1.5, grace_s=0.25), entries, stdin)
-    found = read(b"".join(bundle.records()))
+    written = b"".join(bundle.records())
+    assert bundle.delivery_bytes == len(written)
+    found = read(written)
     assert found["limits"] == {
         "timeout_ms": 1500,
         "grace_ms": 250,
@@ -111,7 +113,10 @@ def test_there_and_back(argv: list[str], env: dict[str, str], entries: list[Entr
 def test_large_files_are_cut_into_records(size: int) -> None:
     """A file of any size is a sequence of bounded records."""
     data = bytes(range(256)) * (size // 256 + 1)
-    found = read(b"".join(Bundle(["a"], {}, Limits(), [File("f", data[:size])]).records()))
+    bundle = Bundle(["a"], {}, Limits(), [File("f", data[:size])], data[:size])
+    written = b"".join(bundle.records())
+    assert bundle.delivery_bytes == len(written)
+    found = read(written)
     assert b"".join(found["entries"][0][3]) == data[:size]
 
 

@@ -635,6 +635,8 @@ async def test_oom_killed() -> None:
         (FateKind.LOST, cloche.EngineLost, True),
         (FateKind.IMAGE, cloche.ImageUnavailable, False),
         (FateKind.UNSCHEDULABLE, cloche.Unschedulable, True),
+        (FateKind.QUOTA, cloche.QuotaExceeded, True),
+        (FateKind.DENIED, cloche.PermissionDenied, False),
     ],
 )
 async def test_fates(kind: FateKind, error: type[cloche.ClocheError], retryable: bool) -> None:
@@ -647,7 +649,7 @@ async def test_fates(kind: FateKind, error: type[cloche.ClocheError], retryable:
 
 async def test_every_fate_is_tested() -> None:
     """The two tests above know every fate."""
-    assert len(FateKind) == 8
+    assert len(FateKind) == 10
 
 
 async def test_fail_frame() -> None:
@@ -833,20 +835,20 @@ async def test_sweep_that_says_why(caplog: pytest.LogCaptureFixture) -> None:
     assert "Traceback" not in caplog.text
 
 
-async def test_prepared() -> None:
-    """Entering has the backend prepare itself in the background, once."""
+async def test_tended() -> None:
+    """Entering has the backend look after its engine in the background, once."""
     backend = FakeBackend([Play(HI)])
     async with sandbox(backend) as s:
         await s.run(SPEC)
         await s.run(SPEC)
-    assert backend.prepared == 1
+    assert backend.tended == 1
 
 
 @pytest.mark.parametrize("error", [cloche.ImageUnavailable("There is no such image."), OSError("no")])
 async def test_preparation_that_fails(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     """A preparation that fails is logged, and no run notices: one that needs what is missing says so itself."""
     caplog.set_level(logging.INFO, "cloche.runtime")
-    backend = FakeBackend([Play(HI)], prepare_error=error)
+    backend = FakeBackend([Play(HI)], tend_error=error)
     async with sandbox(backend) as s:
         assert (await s.run(SPEC)).exit_code == 3
     assert str(error).split(".")[0] in caplog.text

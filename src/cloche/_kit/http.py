@@ -65,6 +65,8 @@ class Server:
     socket: str | None = None
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     """None: what the system trusts, for addresses that begin with https."""
+    name: str | None = None
+    """The name that the server's certificate has to bear, where it is not that of ``base``."""
 
     def __post_init__(self) -> None:
         """Raises: ValueError, for an address that is none."""
@@ -275,8 +277,9 @@ class HttpClient:
             given["Content-Type"] = "application/json"
         params = {name: str(v).lower() if isinstance(v, bool) else str(v) for name, v in (query or {}).items()}
         timeout = httpx2.Timeout(timeout_s, connect=CONNECT_S)
+        extensions = {} if self.server.name is None else {"sni_hostname": self.server.name}
         return self._client.build_request(
-            method, path, params=params or None, content=body, headers=given, timeout=timeout
+            method, path, params=params or None, content=body, headers=given, timeout=timeout, extensions=extensions
         )
 
 

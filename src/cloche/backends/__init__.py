@@ -35,7 +35,13 @@ def _docker(settings: Settings, owner: str) -> Backend:
     return DockerBackend(settings, owner)
 
 
+def _kubernetes(settings: Settings, owner: str) -> Backend:
+    from cloche.backends.kubernetes.backend import KubernetesBackend
+
+    return KubernetesBackend(settings, owner)
+
+
 TABLE: Mapping[str, BackendFactory] = MappingProxyType(
-    {Mode.DISABLED: _disabled, Mode.LOCAL: _local, Mode.DOCKER: _docker}
+    {Mode.DISABLED: _disabled, Mode.LOCAL: _local, Mode.DOCKER: _docker, Mode.KUBERNETES: _kubernetes}
 )
 """The modes of this version."""

@@ -1,6 +1,6 @@
 """The contract between the runtime and an engine. Small enough to recite:
 
-a :class:`Backend` is probed and prepared, opens a :class:`Box` from a :class:`Profile`, and sweeps what the dead left; a box
+a :class:`Backend` is probed and tended, opens a :class:`Box` from a :class:`Profile`, and sweeps what the dead left; a box
 is fed one bundle, gives out the supervisor's frames, and can tell its fate.
 """
 
@@ -30,7 +30,9 @@ class Profile:
     network: Network = Network.NONE
     image: str | None = None
     bundle_bytes: int = 0
-    """How large a bundle will be fed, so that what holds it can be sized."""
+    """How much workspace and stdin a bundle will bring, so that what holds it can be sized."""
+    delivery_bytes: int = 0
+    """How large that bundle is at most in the form in which it travels, arguments and names of files included."""
     interpreter: str | None = None
     """The program that the box must offer; ``local`` finds it on the host and shows it to the box."""
 
@@ -59,6 +61,9 @@ class FateKind(StrEnum):
     DELETED = "deleted"
     IMAGE = "image-unavailable"
     UNSCHEDULABLE = "unschedulable"
+    QUOTA = "quota-exceeded"
+    DENIED = "permission-denied"
+    """The engine's own rules forbid the box."""
     LOST = "lost"
     """The connection to the engine is gone: the box may still be there, and the run may be repeated."""
 
@@ -115,11 +120,12 @@ class Backend(Protocol):
         """What works here. Raises nothing: that it cannot be used is a value with a reason."""
         ...
 
-    async def prepare(self) -> None:
-        """Do in the background what the first run would have to wait for, such as pulling the image. Once, after the probe.
+    async def tend(self) -> None:
+        """What goes on beside the runs: first what they would have to wait for, such as pulling the image, then whatever
+        serves all of them. Called once, after the probe; it may return, and is cancelled when the sandbox is closed.
 
         Raises:
-            ClocheError: it cannot be done; a run that needs it will say so too.
+            ClocheError: something cannot be done; a run that needs it will say so too.
         """
         ...
 

@@ -41,7 +41,7 @@ class DisabledBackend:
             hint=SandboxDisabled.default_hint,
         )
 
-    async def prepare(self) -> None:
+    async def tend(self) -> None:
         """There is nothing to prepare."""
 
     def open(self, profile: Profile) -> AbstractAsyncContextManager[Box]:

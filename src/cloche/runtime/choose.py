@@ -50,14 +50,16 @@ async def choose(settings: Settings, owner: str, table: Mapping[str, BackendFact
     return await _in_its_place(settings, owner, table, chosen.posture)
 
 
-async def prepare(backend: Backend) -> None:
-    """Have a backend prepare itself. What goes wrong is logged: a run that needs it fails with it."""
+async def tend(backend: Backend) -> None:
+    """Have a backend look after its engine. What goes wrong is logged: a run that needs it fails with it."""
     try:
-        await backend.prepare()
+        await backend.tend()
     except ClocheError as exc:
         _log.info("%s", exc.message)
     except Exception:  # noqa: BLE001 (an engine may fail in any way; nobody waits for this)
-        _log.exception("the backend of the mode %s could not be prepared", backend.capabilities().mode)
+        _log.exception(
+            "the backend of the mode %s does not look after its engine any more", backend.capabilities().mode
+        )
 
 
 async def let_go(backend: Backend) -> None:

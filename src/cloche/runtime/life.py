@@ -18,14 +18,22 @@ import anyio
 import anyio.to_thread
 
 from cloche.backends.contract import Box, Fate, FateKind, Profile
-from cloche.errors import BackendUnavailable, EngineLost, ImageUnavailable, StartTimeout, Unschedulable
+from cloche.errors import (
+    BackendUnavailable,
+    EngineLost,
+    ImageUnavailable,
+    PermissionDenied,
+    QuotaExceeded,
+    StartTimeout,
+    Unschedulable,
+)
 from cloche.events import Event, Finished, Outcome, Started
 from cloche.runtime.admission import Admission
 from cloche.runtime.assemble import Assembler, unexplained
 from cloche.runtime.choose import Chosen
 from cloche.runtime.deadline import Deadline
 from cloche.runtime.delivery import Bounds, Delivery, deliver
-from cloche.runtime.reading import read_frames
+from cloche.runtime.reading import Reading
 from cloche.settings import Settings, resolve
 from cloche.spec import Spec
 from cloche.supervisor.bundle import Bundle
@@ -35,6 +43,8 @@ REMOVAL_S = 30.0
 """A backend bounds its own removal; this is for one that does not. What is left then is sweep's."""
 FATE_S = 20.0
 """For an engine's word on a box that has ended; it knows by then, or will not know."""
+UNSTARTED_FATE_S = 5.0
+"""For its word on a box that has not started yet."""
 CLOCK_SKEW_S = 60.0
 """How far the clocks of two machines may be apart before one takes the other's living box for a dead one's."""
 
@@ -84,6 +94,7 @@ class Run:
         self._life = anyio.CancelScope()
         self._talk: anyio.CancelScope | None = None
         self._box: Box | None = None
+        self._reading: Reading | None = None
         self._leaving = False
         self._cancelled = False
         self._unexplained = False
@@ -155,6 +166,7 @@ class Run:
                 network=self._spec.network,
                 image=self._spec.image or settings.image,
                 bundle_bytes=delivery.bundle.payload_bytes,
+                delivery_bytes=delivery.bundle.delivery_bytes,
                 interpreter=delivery.interpreter,
             ),
             delivery.bundle,
@@ -214,15 +226,21 @@ class Run:
         # The engine's word comes after the run: neither its clock nor who gives up on it may take away what is known.
         if isinstance(ending, Finished) and self._unexplained:
             ending = await self._with_engines_word(box, ending)
-        elif ending is None and silent and not self._cancelled:
-            ending = await self._without_last_frame(box)
+        elif ending is None and not self._cancelled:
+            if silent:
+                ending = await self._without_last_frame(box)
+            elif self._deadline.started_at is None:
+                ending = await self._without_start(box)
+            elif self._reading is not None and not self._reading.connected:
+                ending = EngineLost(
+                    "The connection to the box was lost, and its time was over before there was one again.",
+                    retryable=True,
+                )
         if isinstance(ending, Finished) and ending.outcome is Outcome.CANCELLED and not self._cancelled:
             ending = EngineLost("Somebody else than cloche had the box ended before the script ended.")
         if self._cancelled and not isinstance(ending, Finished):
             return self._cut(Outcome.CANCELLED)
-        if ending is None:
-            return self._cut(Outcome.TIMED_OUT) if self._deadline.started_at is not None else self._too_slow()
-        return ending
+        return self._cut(Outcome.TIMED_OUT) if ending is None else ending
 
     async def _feed(self, box: Box, bundle: Bundle, both: anyio.CancelScope) -> None:
         try:
@@ -233,9 +251,9 @@ class Run:
 
     async def _listen(self, box: Box) -> Finished | Exception | None:
         """How it ended; None: without a last frame."""
-        replayable = self._house.chosen.capabilities.replayable
+        self._reading = Reading(box, replayable=self._house.chosen.capabilities.replayable)
         try:
-            async with aclosing(read_frames(box, replayable=replayable)) as frames:
+            async with aclosing(self._reading.frames()) as frames:
                 async for frame in frames:
                     if isinstance(frame, Start):
                         self._script_started()
@@ -259,10 +277,10 @@ class Run:
             return replace(event, outcome=Outcome.OUT_OF_MEMORY, signal=None, usage=usage)
         return replace(event, usage=usage)
 
-    async def _fate(self, box: Box) -> Fate:
+    async def _fate(self, box: Box, within_s: float = FATE_S) -> Fate:
         """The engine's word, for which is waited no longer than a bound."""
-        fate = Fate(FateKind.LOST, f"It gave no answer within {FATE_S:g} s.")
-        with anyio.move_on_after(FATE_S, shield=True):
+        fate = Fate(FateKind.LOST, f"It gave no answer within {within_s:g} s.")
+        with anyio.move_on_after(within_s, shield=True):
             try:
                 fate = await box.fate()
             except Exception as exc:  # noqa: BLE001 (an engine may fail in any way)
@@ -295,6 +313,10 @@ class Run:
                 return ImageUnavailable(f"The engine cannot have the image.{said}")
             case FateKind.UNSCHEDULABLE:
                 return Unschedulable(f"The engine found no place for the box.{said}")
+            case FateKind.QUOTA:
+                return QuotaExceeded(f"A quota of the engine's forbids the box.{said}")
+            case FateKind.DENIED:
+                return PermissionDenied(f"The engine's rules forbid the box.{said}")
             case FateKind.LOST:
                 return EngineLost(f"The connection to the box was lost.{said}", retryable=True)
             case FateKind.EXITED:
@@ -303,6 +325,23 @@ class Run:
                 return EngineLost(f"The box was evicted before the script ended.{said}")
             case FateKind.DELETED:
                 return EngineLost(f"The box was deleted before the script ended.{said}")
+
+    async def _without_start(self, box: Box) -> Exception:
+        """Why a box did not start in time, as far as the engine says so."""
+        fate = await self._fate(box, UNSTARTED_FATE_S)
+        said = f" The engine says: {fate.message.rstrip('.')}." if fate.message else ""
+        waited = f"The box was not ready within {self._house.settings.start_timeout:g} s.{said}"
+        match fate.kind:
+            case FateKind.IMAGE:
+                return ImageUnavailable(waited)
+            case FateKind.UNSCHEDULABLE:
+                return Unschedulable(waited)
+            case FateKind.QUOTA:
+                return QuotaExceeded(waited)
+            case FateKind.DENIED:
+                return PermissionDenied(waited)
+            case _:
+                return StartTimeout(waited)
 
     def _cut(self, outcome: Outcome) -> Finished:
         started = self._deadline.started_at

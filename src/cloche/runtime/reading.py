@@ -12,42 +12,72 @@ from cloche.errors import EngineLost, ProtocolError
 from cloche.supervisor.frames import Decoder, Foreign, Frame, FrameError
 
 PAUSES_S = (0.05, 0.2, 0.5, 1.0)
-"""Before each new try to read a stream that ended early: an engine that lost a connection needs a moment."""
+"""Before each new try to read a stream that ended early: an engine that lost a connection needs a moment. After the last one the
+engine is asked for the box's fate."""
+LASTED_S = 5.0
+"""A connection that held for so long, or brought anything new, was one: the tries are counted anew after it."""
+RECONNECT_S = 60.0
+"""For so long an engine that cannot be reached at all is waited for. An API server that is restarted takes some seconds."""
 
 
-async def read_frames(box: Box, *, replayable: bool) -> AsyncGenerator[Frame, None]:
-    """The frames of a run, each once, up to the last one, or fewer when the box's output ended before.
+class Reading:
+    """The frames of one box, each once. ``connected`` tells whether the engine could be reached when it was last tried."""
 
-    Where the engine can give the output again, a stream that ends early or is garbled is read again from its start.
-    Garbled twice in the same place, it is not the connection.
+    def __init__(self, box: Box, *, replayable: bool) -> None:
+        self._box = box
+        self._replayable = replayable
+        self.connected = True
 
-    Raises:
-        ProtocolError: what came is not what a supervisor writes.
-        EngineError: from the box.
-    """
-    decoder = Decoder()
-    given = 0
-    garbled_at = -1
-    for pause in (*PAUSES_S, None) if replayable else (None,):
-        try:
-            async with _connection(box) as chunks:
-                async for chunk in chunks:
-                    for frame in decoder.feed(chunk):
-                        if isinstance(frame, Foreign):
-                            raise FrameError(f"a foreign line: {frame.line[:80]!r}")
-                        given += 1
-                        yield frame
-                        if decoder.finished:
-                            return
-        except FrameError as exc:
-            if pause is None or garbled_at == given:
-                raise ProtocolError(f"The box's output is not what the supervisor writes: {exc}.") from None
-            garbled_at = given
-        except EngineLost as exc:
-            if pause is None or not exc.retryable:
-                raise
-        if pause is not None:
-            await anyio.sleep(pause)
+    async def frames(self) -> AsyncGenerator[Frame, None]:
+        """Up to the last one, or fewer when the box's output ended before.
+
+        Where the engine can give the output again, a stream that ends early or is garbled is read again from its start.
+        Garbled twice in the same place, it is not the connection.
+
+        Raises:
+            ProtocolError: what came is not what a supervisor writes.
+            EngineError: from the box.
+        """
+        decoder = Decoder()
+        given, garbled_at, tries = 0, -1, 0
+        lost_at: float | None = None
+        while True:
+            begun_at, before = anyio.current_time(), given
+            lost: EngineLost | None = None
+            garbled: FrameError | None = None
+            try:
+                async with _connection(self._box) as chunks:
+                    async for chunk in chunks:
+                        self.connected, lost_at = True, None
+                        for frame in decoder.feed(chunk):
+                            if isinstance(frame, Foreign):
+                                raise FrameError(f"a foreign line: {frame.line[:80]!r}")
+                            given += 1
+                            yield frame
+                            if decoder.finished:
+                                return
+            except FrameError as exc:
+                garbled = exc
+            except EngineLost as exc:
+                if not self._replayable or not exc.retryable:
+                    raise
+                lost = exc
+            now = anyio.current_time()
+            if given > before or now - begun_at > LASTED_S:
+                tries = 0
+            if garbled is not None:
+                if not self._replayable or garbled_at == given:
+                    raise ProtocolError(f"The box's output is not what the supervisor writes: {garbled}.") from None
+                garbled_at = given
+            self.connected = lost is None
+            if lost is not None:
+                lost_at = now if lost_at is None else lost_at
+                if now - lost_at > RECONNECT_S:
+                    raise lost
+            elif not self._replayable or tries == len(PAUSES_S):
+                return
+            await anyio.sleep(PAUSES_S[min(tries, len(PAUSES_S) - 1)])
+            tries += 1
             decoder.restart()
 
 

@@ -19,7 +19,7 @@ from cloche.events import Event, Finished
 from cloche.isolation import Posture
 from cloche.result import Fold, Result
 from cloche.runtime.admission import Admission
-from cloche.runtime.choose import Chosen, check_floor, choose, let_go, prepare
+from cloche.runtime.choose import Chosen, check_floor, choose, let_go, tend
 from cloche.runtime.life import Counters, House, Run
 from cloche.runtime.sweep import sweep
 from cloche.settings import Settings
@@ -80,7 +80,7 @@ class Sandbox:
         self._group = anyio.create_task_group()
         await self._group.__aenter__()
         self._group.start_soon(self._sweep, chosen, self._house.counters, self._swept)
-        self._group.start_soon(prepare, chosen.backend, name="cloche prepare")
+        self._group.start_soon(tend, chosen.backend, name="cloche tend")
         return self
 
     async def __aexit__(

@@ -80,9 +80,17 @@ class Bundle:
         files = sum(len(e.data) for e in self.entries if isinstance(e, File))
         return files + len(self.stdin or b"")
 
-    def records(self) -> Iterator[bytes]:
-        """The bundle as bytes, record by record."""
-        yield _record(b"M", MAGIC)
+    @property
+    def delivery_bytes(self) -> int:
+        """Size of all records, in bytes: what has to travel."""
+        texts = [*map(encode, self.argv), *(encode(f"{name}={value}") for name, value in self.env.items())]
+        size = sum(_HEADER.size + len(text) for text in texts)
+        for entry in self.entries:
+            size += len(_opening(entry)) + (_chunked(entry.data) if isinstance(entry, File) else 0)
+        size += sum(map(len, self._limits())) + sum(map(len, (_record(b"M", MAGIC), _record(b"Z", b""))))
+        return size + (0 if self.stdin is None else _HEADER.size + _chunked(self.stdin))
+
+    def _limits(self) -> Iterator[bytes]:
         limits = self.limits
         for name, number in (
             ("timeout_ms", max(1, round(limits.timeout_s * 1000))),
@@ -92,6 +100,11 @@ class Bundle:
             ("artifact_count", limits.artifact_count),
         ):
             yield _record(b"L", b"%s=%d" % (name.encode(), number))
+
+    def records(self) -> Iterator[bytes]:
+        """The bundle as bytes, record by record."""
+        yield _record(b"M", MAGIC)
+        yield from self._limits()
         for arg in self.argv:
             yield _record(b"A", encode(arg))
         for name, value in self.env.items():
@@ -106,19 +119,29 @@ class Bundle:
 
 
 def _entry(entry: Entry) -> Iterator[bytes]:
+    yield _opening(entry)
+    if isinstance(entry, File):
+        yield from _chunks(entry.data)
+
+
+def _opening(entry: Entry) -> bytes:
     match entry:
         case Folder(path=path):
-            yield _record(b"D", encode(path))
-        case File(path=path, data=data, executable=executable):
-            yield _record(b"F", (b"x" if executable else b"-") + encode(path))
-            yield from _chunks(data)
+            return _record(b"D", encode(path))
+        case File(path=path, executable=executable):
+            return _record(b"F", (b"x" if executable else b"-") + encode(path))
         case Link(path=path, target=target):
-            yield _record(b"S", encode(target) + b"\0" + encode(path))
+            return _record(b"S", encode(target) + b"\0" + encode(path))
 
 
 def _chunks(data: bytes) -> Iterator[bytes]:
     for start in range(0, len(data), CHUNK_BYTES):
         yield _record(b"C", data[start : start + CHUNK_BYTES])
+
+
+def _chunked(data: bytes) -> int:
+    """The size of data's records."""
+    return len(data) + _HEADER.size * -(-len(data) // CHUNK_BYTES)
 
 
 def _record(kind: bytes, payload: bytes) -> bytes:

@@ -204,7 +204,7 @@ class FakeBox:
 class FakeBackend:
     """A backend whose boxes play, one play after the other (the last one is repeated), or what a function makes of the profile.
 
-    ``alive`` and ``most_alive`` count boxes, ``boxes`` has them all, ``prepared`` and ``sweeps`` count
+    ``alive`` and ``most_alive`` count boxes, ``boxes`` has them all, ``tended`` and ``sweeps`` count
     calls, ``closed`` tells whether the sandbox let go of it.
     """
 
@@ -216,19 +216,19 @@ class FakeBackend:
         capabilities: Capabilities | None = None,
         leftovers: Sequence[Leftover] | Exception = (),
         sweep_s: float = 0.0,
-        prepare_error: Exception | None = None,
+        tend_error: Exception | None = None,
     ) -> None:
         self._plays = plays
         self._posture = posture or Posture("local", available=True, isolation=Isolation.NAMESPACE, engine="fake")
         self._capabilities = capabilities or Capabilities(mode=self._posture.mode)
         self._leftovers = leftovers
         self._sweep_s = sweep_s
-        self._prepare_error = prepare_error
+        self._tend_error = tend_error
         self.boxes: list[FakeBox] = []
         self.alive = 0
         self.most_alive = 0
         self.probes = 0
-        self.prepared = 0
+        self.tended = 0
         self.sweeps = 0
         self.closed = False
 
@@ -246,11 +246,11 @@ class FakeBackend:
         self.probes += 1
         return self._posture
 
-    async def prepare(self) -> None:
+    async def tend(self) -> None:
         """Count, then raise the error that it was made with, if any."""
-        self.prepared += 1
-        if self._prepare_error is not None:
-            raise self._prepare_error
+        self.tended += 1
+        if self._tend_error is not None:
+            raise self._tend_error
 
     @asynccontextmanager
     async def open(self, profile: Profile) -> AsyncIterator[Box]:

@@ -14,7 +14,8 @@ import anyio
 from anyio import to_thread
 
 from cloche._kit.http import ConnectFailure, ConnectionLost, HttpFailure
-from cloche.backends import owners, shape
+from cloche.backends import shape
+from cloche.backends.claims import Keeper
 from cloche.backends.contract import Box, Capabilities, Leftover, Profile
 from cloche.backends.docker import address, leftovers, manifest, probe, trial
 from cloche.backends.docker.box import DockerBox
@@ -57,13 +58,8 @@ class DockerBackend:
 
     def __init__(self, settings: Settings, owner: str) -> None:
         self._settings = settings
-        self._owner_name = owner
+        self._keeper = Keeper(owner, "")
         self._client: DockerClient | None = None
-        self._owner: owners.Owner | None = None
-        self._left = False
-        """Whether something of ours could not be removed."""
-        self._note = ""
-        """What the lock's file says of us: on which daemon our containers are."""
         self._setup: _Setup | None = None
         self._trial = anyio.Lock()
 
@@ -81,7 +77,7 @@ class DockerBackend:
         assert self._setup is not None
         return self._setup.posture
 
-    async def prepare(self) -> None:
+    async def tend(self) -> None:
         """Have the image and the supervisor on the daemon, before a run has to wait for them.
 
         Raises:
@@ -95,16 +91,17 @@ class DockerBackend:
     async def _set_up(self) -> None:
         """Raises: ClocheError."""
         found = await to_thread.run_sync(address.find, self._settings)
-        self._note = leftovers.note(found.text)
+        self._keeper.note = leftovers.note(found.text)
         client = self._client = DockerClient(found.server)
         daemon = await probe.look(client, found)
         program = await to_thread.run_sync(supervisor_path, daemon.version.arch)
         volume = await to_thread.run_sync(SupervisorVolume, client, program)
         config = await to_thread.run_sync(address.config_folder, self._settings)
         images = Images(client, config, pull=self._settings.pull, arch=_image_arch(daemon.version.arch))
+        await self._keeper.begin()
         ground = Ground(
             volume=volume.name,
-            place=await self._become_owner(),
+            place=self._keeper.place,
             runtime=self._settings.docker_runtime,
             cpus=daemon.info.cpus,
             memory_limit=daemon.info.memory_limit,
@@ -144,28 +141,6 @@ class DockerBackend:
                 self._setup = await self._try_runtime(self._setup, image)
             return self._setup
 
-    async def _become_owner(self) -> str | None:
-        """The id of the folder that has our lock. Without one a dead owner's boxes go when they expire, not before."""
-
-        def become() -> tuple[owners.Owner, str] | None:
-            if not owners.SUPPORTED:
-                return None
-            folder = owners.state_folder()
-            place, owner = owners.place_id(folder), owners.Owner(folder, self._owner_name)
-            owner.note(self._note)
-            return owner, place
-
-        try:
-            with anyio.CancelScope(shield=True):  # else what the thread has made would be known to nobody
-                found = await to_thread.run_sync(become)
-        except OSError as exc:
-            log.info("no lock says that this process lives: %s", exc)
-            return None
-        if found is None:
-            return None
-        self._owner, place = found
-        return place
-
     async def _try_runtime(self, setup: _Setup, image: str) -> _Setup:
         """Make one box, and see which kernel it has.
 
@@ -174,7 +149,7 @@ class DockerBackend:
         """
         # As for a kernel of its own, until it is known: the bounds of the other kind could keep it from starting.
         ground = replace(setup.ground, guest_kernel=True)
-        profile = trial.profile(self._owner_name, image, self._settings.start_timeout)
+        profile = trial.profile(self._keeper.owner, image, self._settings.start_timeout)
         with anyio.move_on_after(self._settings.start_timeout) as waiting:
             async with self._box(replace(setup, ground=ground), profile) as box:
                 shown = await trial.run(box, profile)
@@ -291,7 +266,7 @@ class DockerBackend:
                 while not await self._ask_to_remove(name):  # noqa: ASYNC110 - somebody else removes it, and tells nobody
                     await anyio.sleep(REMOVE_POLL_S)
         except (HttpFailure, Refused, TimeoutError) as exc:
-            self._left = True
+            self._keeper.left = True
             raise EngineLost(f"The container {name} could not be removed: {_why(exc)}.") from exc
 
     async def _await_end(self, name: str) -> None:
@@ -322,9 +297,8 @@ class DockerBackend:
         """
         if self._client is None or self._setup is None:
             return ()
-        keeper = leftovers.Keeper(self._owner_name, self._setup.ground.place, self._note)
         try:
-            return await leftovers.sweep(self._client, keeper)
+            return await leftovers.sweep(self._client, self._keeper)
         except (Refused, HttpFailure) as exc:
             raise BackendUnavailable(f"The Docker daemon could not be asked for leftovers: {exc}.") from exc
 
@@ -336,9 +310,7 @@ class DockerBackend:
                 await self._client.aclose()
                 self._client = None
         finally:
-            if self._owner is not None:
-                self._owner.close(left=self._left)
-                self._owner = None
+            self._keeper.close()
 
 
 def _why(exc: Exception) -> str:

@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+from cloche._kit.fields import field
 from cloche._kit.http import Answer, Connection, ConnectionLost, HttpClient, Server, parse_json, segment
 from cloche.backends.docker import facts
 from cloche.backends.docker.facts import Image, Info, Labelled, State, Version
@@ -139,7 +140,7 @@ class DockerClient:
             if exc.status == 404:
                 return None
             raise
-        return facts.field(_json(answer), "Labels", dict, {})
+        return field(_json(answer), "Labels", dict, {})
 
     async def create_volume(self, body: Mapping[str, Any]) -> None:
         """Make a volume; one of that name that is there already is kept as it is."""
@@ -163,7 +164,7 @@ class DockerClient:
     async def create(self, name: str, body: Mapping[str, Any]) -> None:
         """Make a container, not started. From then on it is known by its name."""
         answer = await self._call("POST", "/containers/create", query={"name": name}, body=body, timeout_s=WORK_S)
-        if _ID.fullmatch(facts.field(_json(answer), "Id", str, "")) is None:
+        if _ID.fullmatch(field(_json(answer), "Id", str, "")) is None:
             raise ConnectionLost("the daemon's answer names no container")
 
     @asynccontextmanager
@@ -260,7 +261,7 @@ class DockerClient:
             stat = parse_json(base64.b64decode(answer.headers.get("x-docker-container-path-stat", "")))
         except ValueError:
             return None
-        return facts.field(stat, "size", int, -1)
+        return field(stat, "size", int, -1)
 
     async def _call(
         self,
@@ -299,7 +300,7 @@ def _refusal(status: int, body: bytes) -> Refused:
     """The daemon says why in ``message``, Podman in ``cause`` too; what is no JSON was written by somebody in between."""
     text = body.decode("utf-8", "replace").strip()
     with contextlib.suppress(ValueError):
-        text = facts.field(parse_json(body), "message", str, "") or text
+        text = field(parse_json(body), "message", str, "") or text
     return Refused(status, " ".join(text.split())[:MAX_MESSAGE] or "no reason was given")
 
 
@@ -311,9 +312,7 @@ def _progress(line: bytes) -> Mapping[str, Any] | None:
         return None
     if not isinstance(said, dict):
         return None
-    error = facts.field(facts.field(said, "errorDetail", dict, {}), "message", str, "") or facts.field(
-        said, "error", str, ""
-    )
+    error = field(field(said, "errorDetail", dict, {}), "message", str, "") or field(said, "error", str, "")
     if error:
         raise Refused(200, error[:MAX_MESSAGE])
     return said

@@ -1,33 +1,17 @@
-"""What the daemon says of itself, of images and of containers, as values. Pure.
-
-Bodies of answers come from outside: whatever is missing or of another type counts as not said.
-"""
+"""What the daemon says of itself, of images and of containers, as values. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-_T = TypeVar("_T")
+from cloche._kit.fields import field, texts
 
 PODMAN = "Podman"
 OLDEST_API = (1, 40)
 """Docker 19.03, of 2019."""
 NEWEST_API = (1, 56)
 """The newest one that this client was checked with (Docker Engine 29). A daemon with a newer one is spoken to in this."""
-
-
-def field(found: object, name: str, kind: type[_T], otherwise: _T) -> _T:
-    """A field of a JSON object, if there is one of that type."""
-    value = found.get(name) if isinstance(found, Mapping) else None
-    # A bool is an int to Python, not to JSON.
-    return value if isinstance(value, kind) and isinstance(value, bool) is (kind is bool) else otherwise
-
-
-def texts(value: object) -> list[str]:
-    """The strings of a list."""
-    return [item for item in value if isinstance(item, str)] if isinstance(value, Sequence) else []
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cloche.backends.docker.facts import field
+from cloche._kit.fields import field
 
 _MIB = 2**20
 

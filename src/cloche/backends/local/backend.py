@@ -240,7 +240,7 @@ class LocalBackend:
         )
         return _Ground(bubblewrap, flavour, layout, posture)
 
-    async def prepare(self) -> None:
+    async def tend(self) -> None:
         """Nothing takes long enough."""
 
     @contextlib.asynccontextmanager

@@ -2,7 +2,7 @@
  * for why it exists.
  *
  *   run [--bundle PATH|-]… [--script-uid N --script-gid N] [--nproc N] [--nofile N] [--fsize BYTES] [--memory-watch BYTES]
- *       [--sockets unix] [--seal] [--inodes N] [--program NAME --program-path PATH] [--lifeline]
+ *       [--sockets unix] [--seal] [--inodes N] [--program NAME --program-path PATH] [--lifeline] [--need-landlock]
  *
  * --seal: /workspace is a mount that this process may make read-only. --inodes: likewise bound the writable ones, whose
  * empty files would be memory that nobody counts. Where a security module takes the capability for both away (Ubuntu's
@@ -10,6 +10,8 @@
  * --program: where in the box the plan's argv[0] is, if not on PATH.
  * --lifeline: the end of stdin means that whoever wanted the run is gone, and ends it. An engine that outlives its client
  * closes it then (Docker does, with StdinOnce).
+ * --need-landlock: the workspace is neither a mount that could be made read-only nor another user's (a pod without any
+ * capability), so that only Landlock keeps the script from writing there. Without it the run is refused.
  *
  * Its own life is one thread and one poll loop. Exit status 0: the last frame was delivered. */
 #include "cloche.h"
@@ -94,6 +96,10 @@ static bool parse_options(int argc, char **argv, struct options *o)
 
 		if (strcmp(name, "--seal") == 0) {
 			o->seal_workspace = true;
+			continue;
+		}
+		if (strcmp(name, "--need-landlock") == 0) {
+			o->need_landlock = true;
 			continue;
 		}
 		if (strcmp(name, "--lifeline") == 0) {

@@ -1,0 +1,20 @@
+"""Reading JSON that came from outside: whatever is missing or of another type counts as not said. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+
+def field(found: object, name: str, kind: type[_T], otherwise: _T) -> _T:
+    """A field of a JSON object, if there is one of that type."""
+    value = found.get(name) if isinstance(found, Mapping) else None
+    # A bool is an int to Python, not to JSON.
+    return value if isinstance(value, kind) and isinstance(value, bool) is (kind is bool) else otherwise
+
+
+def texts(value: object) -> list[str]:
+    """The strings of a list."""
+    return [item for item in value if isinstance(item, str)] if isinstance(value, Sequence) else []

@@ -1,0 +1,413 @@
+"""Speaks the Kubernetes API (kubernetes.io, "Kubernetes API reference", core/v1, batch/v1, authorization.k8s.io/v1). No other
+room does.
+
+Every answer is read with a bound, every call has a timeout, every name that enters a path is encoded. Errors leave this room
+as three: :class:`Refused`, the API server's own no; the :class:`cloche._kit.http.HttpFailure` of a server that cannot be
+talked to; and the BackendUnavailable of credentials that cannot be had.
+
+Requests that may be repeated are repeated, after a pause, when the server is busy (429), fails (5xx) or the connection
+breaks. That is all of them: what is made has a name of ours, so that "there is one of that name" (409) can be looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import json
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+
+from cloche._kit.fields import field
+from cloche._kit.http import Answer, ConnectionLost, HttpClient, HttpFailure, Query, Server, Stream, parse_json, segment
+from cloche.backends.kubernetes import facts, names
+from cloche.backends.kubernetes.credentials import ClientCertificate, Identity
+from cloche.backends.kubernetes.facts import Pod, Status, Thing
+from cloche.backends.kubernetes.kubeconfig import Access
+
+QUICK_S = 20.0
+"""For one answer. The API server itself gives up on most requests after 60 s; whoever waits has a deadline of his own."""
+PAUSES_S = (0.1, 0.2, 0.4, 0.8, 1.6)
+"""Before each new try of a request."""
+MAX_RETRY_AFTER_S = 10.0
+PAGE = 500
+"""Objects in one answer to a list; more come in further ones."""
+MAX_ANSWER_BYTES = 16 * 2**20
+MAX_EVENT_LINE = 4 * 2**20
+"""Of a watch: one object, which etcd bounds at 1.5 MiB."""
+WATCH_S = 300
+"""For so long the server keeps a watch open."""
+WATCH_IDLE_S = 100.0
+"""Between two words on a watch; the server sends a bookmark every minute."""
+BUSY = frozenset({429, 500, 502, 503, 504})
+METADATA_ONLY = {"Accept": "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"}
+
+_log = logging.getLogger("cloche.kubernetes")
+
+
+class Refused(Exception):
+    """The API server answered with an error. ``status`` has its code, its reason, and its message of at most 1,000 characters."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(f"{status.message or status.reason or 'no message'} (status {status.code})")
+        self.status = status
+
+    @property
+    def code(self) -> int:
+        """HTTP's number."""
+        return self.status.code
+
+    @property
+    def message(self) -> str:
+        """The server's, for people."""
+        return self.status.message or self.status.reason
+
+
+class Expired(Exception):
+    """A watch cannot go on from where it was: what happened since is forgotten (410)."""
+
+
+class KubernetesClient:
+    """One namespace of one cluster."""
+
+    def __init__(self, access: Access, namespace: str) -> None:
+        self._access = access
+        self._http: HttpClient | None = None
+        self._certificate: ClientCertificate | None = None
+        self._old: list[HttpClient] = []
+        self._core = f"/api/v1/namespaces/{segment(namespace)}"
+        self._batch = f"/apis/batch/v1/namespaces/{segment(namespace)}"
+        self._namespace = namespace
+        self._offset_s: float | None = None
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        for http in (self._http, *self._old):
+            if http is not None:
+                await http.aclose()
+
+    def server_time(self) -> float:
+        """Unix time in seconds by the API server's clock, as its last answer told it; ours where none did."""
+        return time.time() + (self._offset_s or 0.0)
+
+    # --- what we may do -----------------------------------------------------------------------------------------------
+
+    async def may(self, verb: str, group: str, resource: str) -> bool:
+        """Whether we have a right in the namespace; ``resource`` may be one such as ``pods/log``.
+
+        Raises:
+            Refused, HttpFailure, BackendUnavailable.
+        """
+        kind, _, part = resource.partition("/")
+        asked = {"namespace": self._namespace, "verb": verb, "group": group, "resource": kind, "subresource": part}
+        body = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": asked},
+        }
+        answer = await self._call("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body=body)
+        return field(field(_json(answer), "status", dict, {}), "allowed", bool, otherwise=False)
+
+    async def look(self) -> None:
+        """The least that we may do: list one ConfigMap.
+
+        Raises:
+            Refused, HttpFailure, BackendUnavailable.
+        """
+        await self._call("GET", f"{self._core}/configmaps", query={"limit": 1}, headers=METADATA_ONLY)
+
+    async def version(self) -> str:
+        """The cluster's, such as ``v1.37.2``; empty where it does not tell."""
+        try:
+            return field(_json(await self._call("GET", "/version")), "gitVersion", str, "")[:64]
+        except Refused:
+            return ""
+
+    # --- Jobs ---------------------------------------------------------------------------------------------------------
+
+    async def create_job(self, body: Mapping[str, Any]) -> str:
+        """Make a Job, and give its uid. One of its name that is there already and is ours was made by a request whose answer
+        was lost.
+
+        Raises:
+            Refused, HttpFailure, BackendUnavailable.
+        """
+        name = body["metadata"]["name"]
+        try:
+            found = _json(await self._call("POST", f"{self._batch}/jobs", body=body))
+        except Refused as exc:
+            if exc.code != 409:
+                raise
+            found = _json(await self._call("GET", f"{self._batch}/jobs/{segment(name)}"))
+            labels = field(field(found, "metadata", dict, {}), "labels", dict, {})
+            if any(labels.get(label) != value for label, value in body["metadata"]["labels"].items()):
+                raise
+        return _uid(found)
+
+    async def delete_job(self, name: str) -> bool:
+        """Delete a Job, and in the background what belongs to it. False: there is none (any more)."""
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
+        return await self._delete(f"{self._batch}/jobs/{segment(name)}", body)
+
+    async def jobs(self) -> list[Thing]:
+        """All of cloche's in the namespace."""
+        return [facts.parse_thing("job", item) async for item in self._list(f"{self._batch}/jobs")]
+
+    # --- ConfigMaps ---------------------------------------------------------------------------------------------------
+
+    async def create_config_map(self, body: Mapping[str, Any]) -> None:
+        """Make a ConfigMap; one of its name with the same content is as good.
+
+        Raises:
+            Refused, HttpFailure, BackendUnavailable. A 409 says that there is one with another content.
+        """
+        name = body["metadata"]["name"]
+        try:
+            await self._call("POST", f"{self._core}/configmaps", body=body)
+        except Refused as exc:
+            if exc.code != 409:
+                raise
+            found = _json(await self._call("GET", f"{self._core}/configmaps/{segment(name)}"))
+            if not _same_data(found, body):
+                raise
+
+    async def delete_config_map(self, name: str) -> bool:
+        """Delete one. False: there is none (any more)."""
+        return await self._delete(f"{self._core}/configmaps/{segment(name)}", None)
+
+    async def config_maps(self) -> list[Thing]:
+        """All of cloche's in the namespace, without their contents."""
+        return [facts.parse_thing("configmap", item) async for item in self._list(f"{self._core}/configmaps")]
+
+    # --- pods ---------------------------------------------------------------------------------------------------------
+
+    async def pods(self, selector: str) -> tuple[list[Pod], str]:
+        """The pods with a label, and the version of the list, from which a watch can go on."""
+        pods: list[Pod | None] = []
+        query: dict[str, str | int | bool] = {"labelSelector": selector, "limit": PAGE}
+        while True:
+            found = _json(await self._call("GET", f"{self._core}/pods", query=query))
+            pods += [_pod(item) for item in field(found, "items", list, [])]
+            metadata = field(found, "metadata", dict, {})
+            version = field(metadata, "resourceVersion", str, "")
+            if not (more := field(metadata, "continue", str, "")):
+                return [pod for pod in pods if pod is not None], version
+            query["continue"] = more
+
+    async def pod(self, name: str) -> Pod | None:
+        """One pod; None: it is not there."""
+        try:
+            return _pod(_json(await self._call("GET", f"{self._core}/pods/{segment(name)}")))
+        except Refused as exc:
+            if exc.code == 404:
+                return None
+            raise
+
+    async def watch_pods(self, selector: str, version: str) -> AsyncGenerator[tuple[str, Pod | None, str], None]:
+        """What happens to the pods with a label since a version: ``ADDED``, ``MODIFIED``, ``DELETED`` or ``BOOKMARK``, the pod,
+        and the version from which the next watch can go on. Ends when the server ends it.
+
+        Raises:
+            Expired: the version is too old.
+            Refused, HttpFailure, BackendUnavailable.
+        """
+        query: dict[str, str | int | bool] = {
+            "labelSelector": selector,
+            "watch": True,
+            "allowWatchBookmarks": True,
+            "resourceVersion": version,
+            "timeoutSeconds": WATCH_S,
+        }
+        async with self._open(f"{self._core}/pods", query, idle_s=WATCH_IDLE_S) as stream:
+            if stream.status != 200:
+                refused = _refusal(stream.status, await stream.read(MAX_ANSWER_BYTES))
+                raise Expired if refused.code == 410 else refused
+            async for line in _lines(stream):
+                kind, body = field(line, "type", str, ""), field(line, "object", dict, {})
+                if kind == "ERROR":
+                    status = facts.parse_status(500, body)
+                    raise Expired if status.code == 410 else Refused(status)
+                yield kind, _pod(body), field(field(body, "metadata", dict, {}), "resourceVersion", str, "")
+
+    @asynccontextmanager
+    async def log(self, pod: str) -> AsyncIterator[Stream]:
+        """The log of a pod's box from its first byte on, followed until the container ends. The caller looks at the status.
+
+        Raises:
+            HttpFailure, BackendUnavailable.
+        """
+        query: dict[str, str | int | bool] = {"container": names.CONTAINER, "follow": True}
+        async with self._open(f"{self._core}/pods/{segment(pod)}/log", query, idle_s=None) as stream:
+            yield stream
+
+    async def events(self, uid: str) -> list[tuple[str, str]]:
+        """Reason and message of what the cluster noted about an object, in no order."""
+        query: dict[str, str | int | bool] = {"fieldSelector": f"involvedObject.uid={uid}", "limit": PAGE}
+        found = _json(await self._call("GET", f"{self._core}/events", query=query))
+        return [facts.parse_event(item) for item in field(found, "items", list, [])]
+
+    # --- how ----------------------------------------------------------------------------------------------------------
+
+    async def _list(self, path: str) -> AsyncIterator[object]:
+        query: dict[str, str | int | bool] = {"labelSelector": names.OURS, "limit": PAGE}
+        while True:
+            found = _json(await self._call("GET", path, query=query, headers=METADATA_ONLY))
+            for item in field(found, "items", list, []):
+                yield item
+            if not (more := field(field(found, "metadata", dict, {}), "continue", str, "")):
+                return
+            query["continue"] = more
+
+    async def _delete(self, path: str, body: Mapping[str, Any] | None) -> bool:
+        try:
+            await self._call("DELETE", path, body=body)
+        except Refused as exc:
+            if exc.code == 404:
+                return False
+            raise
+        return True
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Query | None = None,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """One request, as often as it takes; the answer is a success.
+
+        Raises:
+            Refused, HttpFailure, BackendUnavailable.
+        """
+        encoded = None if body is None else json.dumps(body).encode()
+        given = {**(headers or {}), **({} if encoded is None else {"Content-Type": "application/json"})}
+        # A server that never answered is not waited for: it may not be there at all.
+        pauses = PAUSES_S if self._offset_s is not None else PAUSES_S[:1]
+        for pause in (*pauses, None):
+            try:
+                answer = await self._once(method, path, query, encoded, given)
+            except HttpFailure as exc:
+                if pause is None:
+                    raise
+                _log.debug("%s %s: %s; it is asked again", method, path, exc)
+                wait_s = pause
+            else:
+                if answer.ok:
+                    return answer
+                refused = _refusal(answer.status, answer.body, answer.headers.get("retry-after", ""))
+                if pause is None or answer.status not in BUSY:
+                    raise refused
+                _log.debug("%s %s: %s; it is asked again", method, path, refused)
+                wait_s = max(pause, min(refused.status.retry_after_s or 0.0, MAX_RETRY_AFTER_S))
+            await anyio.sleep(wait_s * random.uniform(1.0, 1.25))  # noqa: S311 - so that not all come at once
+        raise AssertionError
+
+    async def _once(
+        self, method: str, path: str, query: Query | None, body: bytes | None, headers: Mapping[str, str]
+    ) -> Answer:
+        """One request; a second one with new credentials where the first one's were refused."""
+
+        async def ask(*, after_refusal: bool) -> Answer:
+            http, identity = await self._speak(after_refusal=after_refusal)
+            answer = await http.request(
+                method,
+                path,
+                query=query,
+                body=body,
+                headers={"Accept": "application/json", **headers, **identity.headers},
+                timeout_s=QUICK_S,
+                max_bytes=MAX_ANSWER_BYTES,
+            )
+            self._note_time(answer)
+            return answer
+
+        answer = await ask(after_refusal=False)
+        return answer if answer.status != 401 else await ask(after_refusal=True)
+
+    @asynccontextmanager
+    async def _open(self, path: str, query: Query, *, idle_s: float | None) -> AsyncIterator[Stream]:
+        http, identity = await self._speak()
+        async with http.stream("GET", path, query=query, headers=identity.headers, idle_s=idle_s) as stream:
+            if stream.status != 401:
+                yield stream
+                return
+        http, identity = await self._speak(after_refusal=True)
+        async with http.stream("GET", path, query=query, headers=identity.headers, idle_s=idle_s) as stream:
+            yield stream
+
+    async def _speak(self, *, after_refusal: bool = False) -> tuple[HttpClient, Identity]:
+        """Over which connections, and as whom. A new client certificate needs new connections."""
+        identity = await self._access.credentials.identity(after_refusal=after_refusal)
+        if self._http is None or identity.certificate != self._certificate:
+            if self._http is not None:
+                self._old.append(self._http)
+            self._certificate = identity.certificate
+            tls = self._access.tls(identity.certificate)
+            self._http = HttpClient(Server(self._access.base, tls=tls, name=self._access.server_name))
+        return self._http, identity
+
+    def _note_time(self, answer: Answer) -> None:
+        self._offset_s = self._offset_s or 0.0
+        with contextlib.suppress(TypeError, ValueError):
+            told = email.utils.parsedate_to_datetime(answer.headers.get("date", "")).timestamp()
+            self._offset_s = told + 0.5 - time.time()  # it tells whole seconds
+
+
+def _pod(body: object) -> Pod | None:
+    return facts.parse_pod(body, names.LABEL_RUN)
+
+
+def _same_data(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a ConfigMap that is there holds what one was to hold."""
+    return all(found.get(key) == wanted.get(key) for key in ("binaryData", "immutable")) and not found.get("data")
+
+
+def _uid(found: object) -> str:
+    uid = field(field(found, "metadata", dict, {}), "uid", str, "")
+    if not uid:
+        raise ConnectionLost("the API server's answer is not what it says of a Job")
+    return uid
+
+
+def _json(answer: Answer) -> Any:
+    try:
+        return answer.json()
+    except ValueError:
+        raise ConnectionLost("what the API server sent is not JSON") from None
+
+
+def _refusal(http_status: int, body: bytes, retry_after: str = "") -> Refused:
+    try:
+        status = facts.parse_status(http_status, parse_json(body))
+    except ValueError:
+        text = facts.shortened(body[: 4 * facts.MAX_MESSAGE].decode("utf-8", "replace"))
+        status = Status(http_status, message=text)
+    after = float(retry_after) if retry_after.isdecimal() and len(retry_after) < 6 else status.retry_after_s
+    return Refused(Status(status.code, status.reason, status.message, after))
+
+
+async def _lines(stream: Stream) -> AsyncIterator[object]:
+    """A JSON object a line.
+
+    Raises:
+        ConnectionLost: a line has no end, or is none.
+    """
+    partial = bytearray()
+    async for chunk in stream.chunks():
+        partial += chunk
+        while (end := partial.find(b"\n")) >= 0:
+            line = bytes(partial[:end])
+            del partial[: end + 1]
+            try:
+                yield parse_json(line)
+            except ValueError:
+                raise ConnectionLost("what the API server sent is not JSON") from None
+        if len(partial) > MAX_EVENT_LINE:
+            raise ConnectionLost("what the API server says of a pod has no end")

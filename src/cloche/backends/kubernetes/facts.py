@@ -1,0 +1,171 @@
+"""What the API server says of pods, Jobs and refusals, as values. Pure.
+
+The objects are those of core/v1 and batch/v1 (kubernetes.io, "Kubernetes API reference"; checked with 1.37).
+"""
+
+from __future__ import annotations
+
+import calendar
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from cloche._kit.fields import field
+
+MAX_MESSAGE = 1000
+"""Characters kept of a message of the cluster's."""
+
+
+def shortened(text: str) -> str:
+    """A message of the cluster's, on one line, cut to 1,000 characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A ``Status`` body: why a request was refused."""
+
+    code: int
+    reason: str = ""
+    message: str = ""
+    retry_after_s: float | None = None
+
+
+def parse_status(http_status: int, body: object) -> Status:
+    """The body of an answer that is no success; ``http_status`` where it is no ``Status``."""
+    details = field(body, "details", dict, {})
+    after = field(details, "retryAfterSeconds", int, 0)
+    return Status(
+        field(body, "code", int, http_status),
+        field(body, "reason", str, ""),
+        shortened(field(body, "message", str, "")),
+        float(after) if after > 0 else None,
+    )
+
+
+ContainerPhase: TypeAlias = Literal["none", "waiting", "running", "terminated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """What is known of a run's pod."""
+
+    name: str
+    uid: str
+    run: str
+    version: str
+    """Its resourceVersion."""
+    phase: str = ""
+    reason: str = ""
+    message: str = ""
+    scheduled: bool = False
+    unschedulable: str = ""
+    """The scheduler's word on why there is no node for it."""
+    sandbox_ready: bool = False
+    """Whether its sandbox (network, volumes) is there, so that the container is about to start."""
+    container: ContainerPhase = "none"
+    container_reason: str = ""
+    container_message: str = ""
+    exit_code: int = 0
+    disruption: str = ""
+    """Why the cluster itself ends it, as far as it says so: reason and message."""
+    deleting: bool = False
+    deleted: bool = False
+    """Whether it is not there any more."""
+
+    @property
+    def over(self) -> bool:
+        """Whether its container will write no more."""
+        return self.deleted or self.container == "terminated" or self.phase in {"Succeeded", "Failed"}
+
+
+def parse_pod(body: object, label_run: str) -> Pod | None:
+    """None: it is not one of cloche's."""
+    metadata, spec, status = (field(body, name, dict, {}) for name in ("metadata", "spec", "status"))
+    run = field(field(metadata, "labels", dict, {}), label_run, str, "")
+    name = field(metadata, "name", str, "")
+    if not run or not name:
+        return None
+    conditions = {field(c, "type", str, ""): c for c in field(status, "conditions", list, [])}
+    placing, disruption = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
+    container, reason, message, exit_code = _container(status)
+    return Pod(
+        name=name,
+        uid=field(metadata, "uid", str, ""),
+        run=run,
+        version=field(metadata, "resourceVersion", str, ""),
+        phase=field(status, "phase", str, ""),
+        reason=field(status, "reason", str, ""),
+        message=shortened(field(status, "message", str, "")),
+        scheduled=bool(field(spec, "nodeName", str, "")),
+        unschedulable=shortened(field(placing, "message", str, "") or field(placing, "reason", str, ""))
+        if field(placing, "status", str, "") == "False"
+        else "",
+        sandbox_ready=field(conditions.get("PodReadyToStartContainers", {}), "status", str, "") == "True",
+        container=container,
+        container_reason=reason,
+        container_message=message,
+        exit_code=exit_code,
+        disruption=shortened(f"{field(disruption, 'reason', str, '')}: {field(disruption, 'message', str, '')}")
+        if field(disruption, "status", str, "") == "True"
+        else "",
+        deleting=bool(field(metadata, "deletionTimestamp", str, "")),
+    )
+
+
+def _container(status: Mapping[str, object]) -> tuple[ContainerPhase, str, str, int]:
+    """Phase, reason, message and exit code of the pod's one container."""
+    statuses = field(status, "containerStatuses", list, [])
+    state = field(statuses[0] if statuses else {}, "state", dict, {})
+    phases: tuple[ContainerPhase, ...] = ("terminated", "running", "waiting")
+    for phase in phases:
+        said = field(state, phase, dict, None)
+        if said is not None:
+            return (
+                phase,
+                field(said, "reason", str, ""),
+                shortened(field(said, "message", str, "")),
+                field(said, "exitCode", int, 0),
+            )
+    return "none", "", "", 0
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """A Job or a ConfigMap of cloche's, as far as sweep needs to know it."""
+
+    kind: str
+    name: str
+    uid: str
+    labels: Mapping[str, str]
+    annotations: Mapping[str, str]
+    created_at: float
+    """Unix time in seconds by the cluster's clock; 0: not said."""
+
+
+def parse_thing(kind: str, body: object) -> Thing:
+    """An item of a list of objects, or of their metadata."""
+    metadata = field(body, "metadata", dict, {})
+    return Thing(
+        kind,
+        field(metadata, "name", str, ""),
+        field(metadata, "uid", str, ""),
+        field(metadata, "labels", dict, {}),
+        field(metadata, "annotations", dict, {}),
+        parse_time(field(metadata, "creationTimestamp", str, "")),
+    )
+
+
+def parse_time(text: str) -> float:
+    """Unix time in seconds of ``2026-01-02T03:04:05Z``; 0: it is none."""
+    try:
+        return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
+    except ValueError:
+        return 0.0
+
+
+def parse_event(body: object) -> tuple[str, str]:
+    """Reason and message of an Event."""
+    return field(body, "reason", str, ""), shortened(field(body, "message", str, ""))
