@@ -15,7 +15,8 @@ C_SOURCES := $(wildcard src/cloche/supervisor/c/*.[ch])
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format types imports docs bench supervisor supervisor-all sanitize \
-        engines-docker engines-docker-env engines-docker-down engines-vm wheel wheel-check clean
+        engines-docker engines-docker-env engines-docker-down \
+        engines-kubernetes engines-kubernetes-env engines-kubernetes-down engines-vm wheel wheel-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +89,16 @@ engines-docker-env: ## the variables by which the tests find those daemons, to b
 
 engines-docker-down: ## end them, and leave nothing of them
 	@$(BIN)/python -m tests.engines.docker down
+
+engines-kubernetes: setup ## start a private Kubernetes cluster for the tests (needs root and Go)
+	@$(BIN)/python -m tests.engines.kubernetes up
+	@echo 'Now let the tests find it: eval "$$(make --silent engines-kubernetes-env)"'
+
+engines-kubernetes-env: ## the variables by which the tests find it, to be evaluated by a shell
+	@$(BIN)/python -m tests.engines.kubernetes env
+
+engines-kubernetes-down: ## end it, and leave nothing of it
+	@$(BIN)/python -m tests.engines.kubernetes down
 
 engines-vm: setup ## prove the local backend in a virtual machine (needs root, qemu, debootstrap); VM_ARGS="--scene user-login"
 	$(BIN)/python -m tests.engines.vm $(VM_ARGS)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import anyio
-from tests import daemons, leftovers
+from tests import clusters, daemons, leftovers
+from tests.kubernetes import deployment
 
 from cloche.testing.conformance import Target, absent
 
@@ -45,7 +46,7 @@ def local() -> Target:
 
 
 class Unset(Exception):
-    """No environment variable says where the engine is."""
+    """No environment variable says where the engine is, or it names nothing that answers."""
 
 
 def _daemon(variable: str, **settings: str) -> Target:
@@ -58,7 +59,8 @@ def _daemon(variable: str, **settings: str) -> Target:
     image = os.environ.get("CLOCHE_TEST_DOCKER_IMAGE", "cloche-test/sandbox:1")
     guest = "CLOCHE_DOCKER_RUNTIME" in settings
     if not host or not all(settings.values()):
-        raise Unset(f"{variable} is not set" if not host else "CLOCHE_TEST_DOCKER_RUNTIME is not set")
+        unset = variable if not host else "CLOCHE_TEST_DOCKER_RUNTIME"
+        raise Unset(f"{unset} is not set (make engines-docker starts daemons for the tests)")
     return Target(
         "docker",
         {"CLOCHE_DOCKER_HOST": host, "CLOCHE_IMAGE": image, "CLOCHE_PULL": "never", **settings},
@@ -90,12 +92,38 @@ def podman() -> Target:
     return _daemon("CLOCHE_TEST_PODMAN_HOST")
 
 
+def kubernetes() -> Target:
+    """The cluster of CLOCHE_TEST_KUBECONFIG, set up by the manifests of deploy/kubernetes, with no more rights than they give."""
+    admin = os.environ.get(deployment.KUBECONFIG, "")
+    if not admin:
+        raise Unset(f"{deployment.KUBECONFIG} is not set (make engines-kubernetes starts a cluster for the tests)")
+    try:
+        ours = deployment.deploy(Path(admin))
+    except deployment.AbsentError as exc:
+        raise Unset(str(exc)) from exc
+    return Target(
+        "kubernetes",
+        {
+            "CLOCHE_KUBE_CONFIG": str(ours),
+            "CLOCHE_KUBE_NAMESPACE": deployment.NAMESPACE,
+            "CLOCHE_IMAGE": os.environ.get("CLOCHE_TEST_KUBERNETES_IMAGE", "cloche-test/sandbox:1"),
+        },
+        interpreters=frozenset({"python3", "sh", "bash", "node", "perl"}),
+        on_this_host="CLOCHE_TEST_KUBERNETES_FOLDER" in os.environ,
+        dies_with_client=False,
+        seals_workspace=False,
+        count_boxes=lambda: clusters.count_boxes(admin),
+        remains=lambda: frozenset(clusters.remains(admin)),
+    )
+
+
 MODES: Mapping[str, Callable[[], Target]] = {
     "local": local,
     "docker": docker,
     "docker-guest": docker_guest,
     "docker-old": docker_old,
     "podman": podman,
+    "kubernetes": kubernetes,
 }
 """By the name of CLOCHE_MUST_WORK. There can be several targets of one mode."""
 EXTRAS = ("docker-guest", "docker-old", "podman")
@@ -107,7 +135,7 @@ def ready(mode: str) -> Target:
     try:
         target = MODES[mode]()
     except Unset as exc:
-        absent(mode, f"{exc} (make engines-docker starts daemons for the tests)")
+        absent(mode, str(exc))
         raise
 
     async def probe() -> str:

@@ -17,7 +17,7 @@ import anyio
 import httpcore2  # what httpx2 itself stands on: the errors of a connection that has left HTTP are still its own
 import httpx2
 
-from cloche._kit.unix_stream import UnixBackend
+from cloche._kit.streams import Backend
 
 Query: TypeAlias = Mapping[str, str | int | bool]
 """Parameters behind the ``?``. Booleans are written as ``true`` and ``false``."""
@@ -284,23 +284,24 @@ class HttpClient:
 
 
 def _transport(server: Server) -> httpx2.AsyncHTTPTransport:
-    transport = httpx2.AsyncHTTPTransport(
+    # The system's authorities take a while to load; an address without TLS has no use for them.
+    tls = server.tls or (httpx2.create_ssl_context() if server.base.startswith("https:") else _NO_TLS)
+    transport = httpx2.AsyncHTTPTransport(verify=tls, trust_env=False)
+    # httpx2 does not take a way to connect. Should it keep its connections elsewhere one day, requests are made all the same,
+    # and the tests of cancelled ones say so.
+    transport._pool = httpcore2.AsyncConnectionPool(  # noqa: SLF001
+        ssl_context=tls,
+        max_connections=None,
+        max_keepalive_connections=KEPT_CONNECTIONS,
+        keepalive_expiry=KEPT_S,
         uds=server.socket,
-        verify=server.tls if server.tls is not None else True,
-        trust_env=False,
-        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS, keepalive_expiry=KEPT_S),
+        network_backend=Backend(),
     )
-    if server.socket is not None:
-        # httpx2 takes the path of a socket, and not how to speak to it. Should it keep its connections elsewhere one day, the
-        # path holds all the same, and the test of cancelled requests says so.
-        transport._pool = httpcore2.AsyncConnectionPool(  # noqa: SLF001
-            max_connections=None,
-            max_keepalive_connections=KEPT_CONNECTIONS,
-            keepalive_expiry=KEPT_S,
-            uds=server.socket,
-            network_backend=UnixBackend(),
-        )
     return transport
+
+
+_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Trusts nobody."""
 
 
 @contextmanager

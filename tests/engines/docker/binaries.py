@@ -26,11 +26,15 @@ class Module:
     """Beside ``-s -w``: the version, which releases get from their own build scripts."""
     tags: str = ""
     cgo: bool = False
+    modules: Path = FOLDER
+    """The folder of the folder that has its go.mod and go.sum."""
+    program: str = ""
+    """What its only program is called, where Go would name it after a folder."""
 
     @property
     def folder(self) -> Path:
         """Where its go.mod and go.sum are."""
-        return FOLDER / self.name
+        return self.modules / self.name
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -40,7 +44,7 @@ class Module:
     def obtain(self) -> Path:
         """The folder of its programs."""
         recipe = [(self.folder / name).read_text() for name in ("go.mod", "go.sum")]
-        recipe += [*self.command, f"cgo={self.cgo}", os.uname().machine]
+        recipe += [*self.command, f"cgo={self.cgo}", os.uname().machine, *filter(None, [self.program])]
         return cache.obtain(self.name, "\n".join(recipe), self._build)
 
     def _build(self, folder: Path) -> None:
@@ -56,7 +60,7 @@ class Module:
             "GOWORK": "off",
             "GOFLAGS": "",
         }
-        host.run(*self.command, "-o", f"{folder}/", "tool", env=environ, cwd=self.folder)
+        host.run(*self.command, "-o", f"{folder}/{self.program}", "tool", env=environ, cwd=self.folder)
 
 
 RUNC = Module("runc", ldflags="-X main.version=1.5.2", tags="seccomp", cgo=True)

@@ -16,6 +16,14 @@ def folders(name: str) -> list[Path]:
     return [path for path in (ROOT / name, *ROOT.glob(f"*/{name}")) if path.is_dir()]
 
 
+def make(name: str) -> None:
+    """Make one of that name in every hierarchy, for an engine that wants to find it."""
+    tops = [path for path in ROOT.iterdir() if path.joinpath("cgroup.procs").exists()]
+    unified = ROOT.joinpath("cgroup.procs").exists()
+    for top in [ROOT] if unified else tops:
+        top.joinpath(name).mkdir(exist_ok=True)
+
+
 def remove(name: str, *, ours: bool = True) -> None:
     """Remove them and all below, whose processes must have been killed. Where they are not ``ours``, only what nobody uses.
 

@@ -20,7 +20,7 @@ def prepare(*, network: bool) -> None:
     for path in ("/run", "/var/run", "/opt"):
         if os.path.isdir(path) and not os.path.islink(path):
             _mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", path)
-    for path in ("/etc", "/var/lib", "/var/cache"):
+    for path in ("/etc", "/var/lib", "/var/cache", "/var/log"):
         upper, work = (f"/run/layers{path}/{name}" for name in ("upper", "work"))
         os.makedirs(upper)
         os.makedirs(work)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.engines.docker import host
@@ -16,6 +19,8 @@ from tests.engines.docker import host
 INIT = Path(__file__).with_name("init.py")
 READY_S = 20.0
 GONE_S = 20.0
+CLONE_NEWNET = 0x40000000
+"""linux/sched.h"""
 
 
 class Namespaces:
@@ -69,16 +74,16 @@ class Namespaces:
             self._process.wait()
             raise RuntimeError(f"no namespaces for a daemon could be made here: {errors.read_text().strip()}")
         first = host.children(self._process.pid)[0]
-        self._note.write_text(f"{first} {_birth(first)}\n")
+        self._note.write_text(f"{first} {birth(first)}\n")
 
     @property
     def pid(self) -> int | None:
         """Their first process as seen from outside; None when it is gone."""
         try:
-            pid, birth = map(int, self._note.read_text().split())
+            pid, born = map(int, self._note.read_text().split())
         except (FileNotFoundError, ValueError):
             return None
-        return pid if _birth(pid) == birth else None
+        return pid if birth(pid) == born else None
 
     def enter(self, *command: str) -> list[str]:
         """The command that runs a command inside.
@@ -92,6 +97,28 @@ class Namespaces:
             raise RuntimeError("the daemon's namespaces are gone")
         kinds = ["--mount", "--pid", *(["--net"] if self._network else [])]
         return ["nsenter", "--target", str(pid), *kinds, "--", *command]
+
+    def enter_network(self, *command: str) -> list[str]:
+        """The same for the network and the processes alone: the command sees this machine's files.
+
+        Raises:
+            RuntimeError: there is no inside.
+        """
+        if (pid := self.pid) is None:
+            raise RuntimeError("the daemon's namespaces are gone")
+        return ["nsenter", "--target", str(pid), "--pid", *(["--net"] if self._network else []), "--", *command]
+
+    def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM) -> socket.socket:
+        """A socket of the network inside, for use by this process: it connects and listens there.
+
+        Raises:
+            RuntimeError: there is no inside.
+        """
+        if (pid := self.pid) is None:
+            raise RuntimeError("the daemon's namespaces are gone")
+        # A network is a thread's, and so this is the business of one that ends with it.
+        with open(f"/proc/{pid}/ns/net", "rb") as network, ThreadPoolExecutor(1) as thread:
+            return thread.submit(_socket_in, network.fileno(), family, kind).result()
 
     def stop(self) -> None:
         """End every process inside, and with them every mount and device."""
@@ -109,7 +136,15 @@ class Namespaces:
         self._note.unlink(missing_ok=True)
 
 
-def _birth(pid: int) -> int | None:
+def _socket_in(network: int, family: int, kind: int) -> socket.socket:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(network, CLONE_NEWNET):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), "setns")
+    return socket.socket(family, kind)
+
+
+def birth(pid: int) -> int | None:
     """When a process began, in clock ticks since boot: with its number this names it for good. None for one that is dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -22,6 +22,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+from anyio import to_thread
 
 from cloche._kit.fields import field
 from cloche._kit.http import Answer, ConnectionLost, HttpClient, HttpFailure, Query, Server, Stream, parse_json, segment
@@ -80,6 +81,7 @@ class KubernetesClient:
         self._http: HttpClient | None = None
         self._certificate: ClientCertificate | None = None
         self._old: list[HttpClient] = []
+        self._connecting = anyio.Lock()
         self._core = f"/api/v1/namespaces/{segment(namespace)}"
         self._batch = f"/apis/batch/v1/namespaces/{segment(namespace)}"
         self._namespace = namespace
@@ -345,13 +347,14 @@ class KubernetesClient:
     async def _speak(self, *, after_refusal: bool = False) -> tuple[HttpClient, Identity]:
         """Over which connections, and as whom. A new client certificate needs new connections."""
         identity = await self._access.credentials.identity(after_refusal=after_refusal)
-        if self._http is None or identity.certificate != self._certificate:
-            if self._http is not None:
-                self._old.append(self._http)
-            self._certificate = identity.certificate
-            tls = self._access.tls(identity.certificate)
-            self._http = HttpClient(Server(self._access.base, tls=tls, name=self._access.server_name))
-        return self._http, identity
+        async with self._connecting:
+            if self._http is None or identity.certificate != self._certificate:
+                tls = await to_thread.run_sync(self._access.tls, identity.certificate)
+                if self._http is not None:
+                    self._old.append(self._http)  # logs are still read over it
+                self._certificate = identity.certificate
+                self._http = HttpClient(Server(self._access.base, tls=tls, name=self._access.server_name))
+            return self._http, identity
 
     def _note_time(self, answer: Answer) -> None:
         self._offset_s = self._offset_s or 0.0

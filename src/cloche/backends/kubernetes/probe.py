@@ -141,7 +141,12 @@ def guarantees(settings: Settings) -> tuple[Guarantee, ...]:
         Guarantee(
             "read-only-root", State.IN_FORCE, "the image's files cannot be changed; no path of the node is mounted"
         ),
-        Guarantee("workspace-read-only", State.IN_FORCE, f"by Landlock; {checked}"),
+        Guarantee(
+            "workspace-read-only",
+            State.IN_FORCE,
+            f"by Landlock; {checked}. Modes and times of what was delivered are the script's to change: it has one uid with its"
+            " guard",
+        ),
         Guarantee("landlock", State.IN_FORCE, "a box without it refuses to run a script"),
         Guarantee(
             "memory-limit", State.IN_FORCE, "a cgroup of the kubelet's bounds memory; no swap unless the node has it"

@@ -41,6 +41,9 @@ class Target:
     """What the box offers. Every box of the suite needs python3 and sh."""
     on_this_host: bool = True
     """Whether a process in a box is a process of this machine, to be found in /proc."""
+    seals_workspace: bool = True
+    """Whether modes and times of what is delivered are out of the script's reach too, as its contents are everywhere. Where an
+    engine gives supervisor and script one uid, they are not."""
     dies_with_client: bool = True
     """Whether the engine kills a box when its client is killed (else only sweep removes it)."""
     count_boxes: Callable[[], int] | None = None

@@ -1,14 +1,17 @@
-"""Unix sockets for httpcore2, on anyio's wait_readable and wait_writable.
+"""Connections for httpcore2 that a cancelled request leaves no trace of.
 
-httpcore2's own way is anyio's UNIXSocketStream, whose reader callback sets a result on a future that may have been cancelled in
-the same turn of the loop (anyio 4.16, _asyncio.py, _wait_until_readable): whoever cancels a request at the moment in which its
-answer comes has asyncio print a traceback on stderr.
+For Unix sockets httpcore2's own way is anyio's UNIXSocketStream, whose reader callback sets a result on a future that may have
+been cancelled in the same turn of the loop (anyio 4.16, _asyncio.py, _wait_until_readable): whoever cancels a request at the
+moment in which its answer comes has asyncio print a traceback on stderr. So here they stand on wait_readable and wait_writable.
+
+For TCP it does not close a connection on which TLS was being agreed upon when the request was cancelled.
 """
 
 from __future__ import annotations
 
 import select
 import socket
+import ssl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,8 +87,60 @@ def _readable(connected: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-class UnixBackend(httpcore2.AnyIOBackend):
-    """anyio's backend, with this for its Unix sockets."""
+class TcpStream(httpcore2.AsyncNetworkStream):
+    """One of httpcore2's own, but for what becomes of it when TLS fails on it."""
+
+    def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (httpcore2's signature)
+        """As it reads."""
+        return await self._stream.read(max_bytes, timeout)
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 (httpcore2's signature)
+        """As it writes."""
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        """As it closes."""
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 (httpcore2's signature)
+    ) -> httpcore2.AsyncNetworkStream:
+        """As it does, and closed when that does not come to its end, for whatever reason."""
+        try:
+            return await self._stream.start_tls(ssl_context, server_hostname, timeout)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._stream.aclose()
+            raise
+
+    def get_extra_info(self, info: str) -> Any:
+        """As it tells."""
+        return self._stream.get_extra_info(info)
+
+
+class Backend(httpcore2.AnyIOBackend):
+    """anyio's backend, with these for its connections."""
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 (httpcore2's signature)
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        """Connect.
+
+        Raises:
+            httpcore2.ConnectTimeout, httpcore2.ConnectError.
+        """
+        return TcpStream(await super().connect_tcp(host, port, timeout, local_address, socket_options))
 
     async def connect_unix_socket(
         self,
