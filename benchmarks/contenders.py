@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import anyio
@@ -45,24 +45,61 @@ def by_cloche(
     return once
 
 
+def together(once: Contender, number: int) -> Contender:
+    """So many at once, until the last one is done."""
+
+    async def all_of_them() -> float:
+        begun = time.perf_counter()
+        done: list[float] = []
+
+        async def one() -> None:
+            await once()
+            done.append(time.perf_counter() - begun)
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(number):
+                tasks.start_soon(one)
+        return max(done)
+
+    return all_of_them
+
+
+def median_phases(phases: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Of the ``timings_ms`` of runs."""
+    found = list(phases)
+    return {
+        phase: round(statistics.median(p[phase] for p in found), 2)
+        for phase in ("queued", "prepare", "start", "run", "collect")
+    }
+
+
 def summary(times: list[float]) -> dict[str, float]:
     """Milliseconds from seconds."""
     ordered = sorted(t * 1000 for t in times)
     return {
         "p50_ms": round(statistics.median(ordered), 2),
+        "p90_ms": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.9))], 2),
         "p99_ms": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))], 2),
         "min_ms": round(ordered[0], 2),
     }
 
 
-async def take_turns(contenders: Mapping[str, Contender], rounds: int) -> dict[str, dict[str, float]]:
-    """Each contender once a round, so that whatever else the machine does meets them alike; the first three rounds do not
-    count, since they fill caches.
+async def take_turns(
+    contenders: Mapping[str, Contender],
+    rounds: int,
+    *,
+    warm_up: int = 3,
+    before: Callable[[], Awaitable[None]] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Each contender once a round, so that whatever else the machine does meets them alike; the first rounds, ``warm_up`` of
+    them, do not count, since they fill caches. ``before`` is done before each turn.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds + 3):
+    for i in range(rounds + warm_up):
         for name, once in contenders.items():
+            if before is not None:
+                await before()
             taken = await once()
-            if i >= 3:
+            if i >= warm_up:
                 times[name].append(taken)
     return {name: summary(values) for name, values in times.items()}

@@ -114,7 +114,7 @@ CASES = [
         ["--env", "LD_PRELOAD=x", "ok.py"],
     ),
     Case("unknown mode", "invalid-settings", "dokcer", SCRIPT, ["ok.py"], {"CLOCHE_MODE": "dokcer"}),
-    Case("mode to come", "backend-unavailable", "no mode kubernetes", SCRIPT, ["ok.py"], {"CLOCHE_MODE": "kubernetes"}),
+    Case("mode to come", "backend-unavailable", "no mode opensandbox", SCRIPT, ["ok.py"], {"CLOCHE_MODE": "opensandbox"}),
     Case("disabled", "sandbox-disabled", "switched off", SCRIPT, ["ok.py"], {"CLOCHE_MODE": "disabled"}),
     Case(
         "disabled, and no script",

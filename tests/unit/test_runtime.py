@@ -276,9 +276,9 @@ async def test_no_fallback_when_available(caplog: pytest.LogCaptureFixture) -> N
         (
             postured("docker"),
             postured("local"),
-            {"mode": "kubernetes"},
+            {"mode": "opensandbox"},
             cloche.BackendUnavailable,
-            ["no mode kubernetes"],
+            ["no mode opensandbox"],
         ),
         (postured("docker"), postured("local"), {"mode": "auto"}, cloche.BackendUnavailable, ["no mode auto"]),
     ],

@@ -1,13 +1,16 @@
-"""A small server of our own at a Unix socket, and a Docker daemon that it plays."""
+"""A small server of our own, and what it plays: a Docker daemon, or a cluster's API server."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
+import anyio
 import pytest
 from tests.wire.docker import Docker
 from tests.wire.engine import Engine, serving
+from tests.wire.kubernetes import Kubernetes
 
 from cloche.backends import owners
 
@@ -23,8 +26,22 @@ async def engine(anyio_backend: object) -> AsyncIterator[Engine]:
 def docker(engine: Engine) -> Iterator[Docker]:
     """The same server as a Docker daemon in good order."""
     yield Docker(engine)
-    # Where a removal failed, the owner's file stays until somebody sweeps that daemon, which nobody will.
+    forget(engine.address)
+
+
+@pytest.fixture
+async def cluster(anyio_backend: object, tmp_path: Path) -> AsyncIterator[Kubernetes]:
+    """A cluster in good order, at a port of the loopback."""
+    async with serving(tcp=True) as engine, anyio.create_task_group() as group:
+        made = Kubernetes(engine, tmp_path, group)
+        yield made
+        group.cancel_scope.cancel()
+    forget(made.base)
+
+
+def forget(address: str) -> None:
+    """Where a removal failed, the owner's file stays until somebody sweeps that engine, which nobody will."""
     for path in owners.state_folder().glob("*.owner"):
         with contextlib.suppress(OSError):
-            if engine.address in path.read_text():
+            if address in path.read_text():
                 path.unlink()

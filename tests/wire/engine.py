@@ -12,6 +12,7 @@ import fnmatch
 import json
 import re
 import socket
+import ssl
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -122,6 +123,11 @@ class Peer:
     def cut(self) -> None:
         self._writer.transport.abort()
 
+    def certificate(self) -> dict[str, Any] | None:
+        """What the other side showed of itself; None: nothing."""
+        found: dict[str, Any] | None = self._writer.get_extra_info("peercert")
+        return found or None
+
 
 Handler: TypeAlias = Callable[[Request, Peer], Awaitable[Reply | Raw]]
 """Anything else. It may speak on the connection itself, and have it cut by an empty ``Raw()``."""
@@ -171,13 +177,13 @@ class Engine:
         self._stop_listening()
         self.cut()
 
-    async def listen(self, group: TaskGroup, listener: socket.socket) -> None:
+    async def listen(self, group: TaskGroup, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         """Serve in tasks of the group."""
 
         def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             group.start_soon(self._connection, Peer(reader, writer))
 
-        server = await asyncio.start_server(connected, sock=listener, limit=MAX_HEAD_BYTES)
+        server = await asyncio.start_server(connected, sock=listener, limit=MAX_HEAD_BYTES, ssl=tls)
         self._stop_listening = server.close
 
     async def _connection(self, peer: Peer) -> None:
@@ -226,7 +232,7 @@ class Engine:
 
 
 @asynccontextmanager
-async def serving(*, tcp: bool = False) -> AsyncIterator[Engine]:
+async def serving(*, tcp: bool = False, tls: ssl.SSLContext | None = None) -> AsyncIterator[Engine]:
     """An engine at a Unix socket, whose path is short enough for one, or at a port of the loopback."""
     engine = Engine()
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
@@ -238,7 +244,7 @@ async def serving(*, tcp: bool = False) -> AsyncIterator[Engine]:
             listener = socket.create_server(str(path), family=socket.AF_UNIX)
             engine.address = f"unix://{path}"
         async with anyio.create_task_group() as group:
-            await engine.listen(group, listener)
+            await engine.listen(group, listener, tls)
             yield engine
             engine.vanish()
             group.cancel_scope.cancel()

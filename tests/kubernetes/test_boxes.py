@@ -1,0 +1,285 @@
+"""Boxes in a real cluster: what is left of them, whoever dies, and what they are made of."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import anyio
+import psutil
+import pytest
+from anyio import to_thread
+from tests import clusters
+from tests.kubernetes import deployment
+from tests.kubernetes.deployment import Api, core, jobs
+
+import cloche
+from cloche.backends.kubernetes import names
+from cloche.isolation import State
+from cloche.testing.conformance import Target, assert_exited, python, shell
+
+pytestmark = pytest.mark.anyio
+
+FLAT_BYTES = 8 * 2**20
+CROWD = """
+import anyio, cloche
+async def main():
+    async with cloche.Sandbox.from_env() as sandbox:
+        spec = cloche.Spec(name="a.sh", content="echo up; sleep 60", timeout=90)
+        up = 0
+        async def one():
+            nonlocal up
+            async for event in sandbox.stream(spec):
+                if isinstance(event, cloche.Output):
+                    up += 1
+                    if up == 20:
+                        print("all are up", flush=True)
+        async with anyio.create_task_group() as group:
+            for _ in range(20):
+                group.start_soon(one)
+anyio.run(main)
+"""
+SWEEPER = "import anyio, cloche\nasync def main():\n    async with cloche.Sandbox.from_env(): pass\nanyio.run(main)"
+
+
+def administrator() -> str:
+    return os.environ[deployment.KUBECONFIG]
+
+
+async def _open_and_close(target: Target) -> None:
+    async with target.sandbox():
+        pass
+
+
+def test_killed_in_the_middle_of_20_runs(kubernetes: Target) -> None:
+    """A client killed by SIGKILL in the middle of 20 runs leaves them to the next one, whose sweep leaves nothing of them."""
+    with kubernetes.nothing_left(within_s=20):
+        environ = kubernetes.command_environment(CLOCHE_MAX_CONCURRENT="20")
+        with subprocess.Popen([sys.executable, "-c", CROWD], env=environ, stdout=subprocess.PIPE) as client:
+            assert client.stdout is not None
+            assert client.stdout.readline() == b"all are up\n"
+            client.send_signal(signal.SIGKILL)
+        assert len(list(clusters.remains(administrator()))) >= 60, "nothing was left to sweep: the test shows nothing"
+        anyio.run(_open_and_close, kubernetes)
+        assert clusters.count_boxes(administrator()) == 0
+
+
+def test_what_belongs_to_a_job_goes_with_it(kubernetes: Target, admin: Api) -> None:
+    """Without any sweep, when a dead client's Job goes, as its deadline has it go, the cluster removes all that belongs to it."""
+    source = CROWD.replace("20", "1")
+    with kubernetes.nothing_left(within_s=20):
+        with subprocess.Popen(
+            [sys.executable, "-c", source], env=kubernetes.command_environment(), stdout=subprocess.PIPE
+        ) as client:
+            assert client.stdout is not None
+            assert client.stdout.readline() == b"all are up\n"
+            client.send_signal(signal.SIGKILL)
+        left = [thing.split()[0] for thing in clusters.remains(administrator())]
+        assert sorted(left) == ["configmap", "job", "pod"]
+        (job,) = admin.ask("GET", f"{jobs()}?labelSelector={names.LABEL_RUN.replace('/', '%2F')}").body["items"]
+        admin.ask("DELETE", f"{jobs()}/{job['metadata']['name']}?propagationPolicy=Background")
+    anyio.run(_open_and_close, kubernetes)  # for the dead owner's lock
+
+
+async def test_sweep_spares_the_living(kubernetes: Target) -> None:
+    """While one client's run goes on, another one's sweep removes nothing of it."""
+    async with kubernetes.sandbox() as sandbox:
+        results: list[cloche.Result] = []
+
+        async def one() -> None:
+            results.append(await sandbox.run(shell("sleep 4; echo done", timeout=20)))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(one)
+            await anyio.sleep(1.5)
+            for _ in range(3):
+                await anyio.run_process([sys.executable, "-c", SWEEPER], env=kubernetes.command_environment())
+    assert results[0].stdout == "done\n"
+
+
+async def test_sweep_by_expiry(kubernetes: Target, admin: Api) -> None:
+    """What has expired goes, whoever it belonged to; what has not stays, if it is from elsewhere; a supervisor always stays."""
+    now = int(time.time())
+    for name, expires in (("old", now - 5), ("new", now + 600)):
+        metadata = {
+            "name": f"cloche-test-{name}",
+            "labels": {**names.COMMON_LABELS, names.LABEL_RUN: "r0", names.LABEL_OWNER: "o0"},
+            "annotations": {names.PLACE: "elsewhere", names.EXPIRES: str(expires)},
+        }
+        body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata}
+        assert admin.ask("POST", core("configmaps"), body).status == 201
+        job = deployment.run(f"cloche-test-{name}").job
+        job["metadata"] |= metadata
+        job["spec"] |= {"suspend": True}
+        assert admin.ask("POST", jobs(), job).status == 201
+    try:
+        async with kubernetes.sandbox() as sandbox:
+            assert_exited(await sandbox.run(shell("true")))
+        there = set(clusters.remains(administrator()))
+        for kind in ("job", "configmap"):
+            found = [any(f"{kind} cloche-test-{name} " in thing for thing in there) for name in ("old", "new")]
+            assert found == [False, True], kind
+    finally:
+        admin.ask("DELETE", f"{core('configmaps')}/cloche-test-new")
+        admin.ask("DELETE", f"{jobs()}/cloche-test-new?propagationPolicy=Background")
+    assert supervisors(admin)
+
+
+def supervisors(admin: Api) -> list[dict[str, Any]]:
+    """The ConfigMaps that hold one."""
+    path = f"{core('configmaps')}?labelSelector={names.LABEL_SUPERVISOR.replace('/', '%2F')}"
+    found: list[dict[str, Any]] = admin.ask("GET", path).body["items"]
+    return found
+
+
+def forget_supervisors(admin: Api) -> None:
+    for found in supervisors(admin):
+        assert admin.ask("DELETE", f"{core('configmaps')}/{found['metadata']['name']}").status == 200
+
+
+async def test_the_supervisor_is_put_back(kubernetes: Target, admin: Api) -> None:
+    """A supervisor's ConfigMap that somebody deletes under an open sandbox is made again: the next run only takes longer."""
+    async with kubernetes.sandbox() as sandbox:
+        assert_exited(await sandbox.run(shell("true"), wait_cleanup=True))
+        await to_thread.run_sync(forget_supervisors, admin)
+        assert_exited(await sandbox.run(shell("true"), wait_cleanup=True))
+    assert len(supervisors(admin)) == 1
+
+
+async def test_another_supervisor(kubernetes: Target, admin: Api) -> None:
+    """A ConfigMap of the supervisor's name with something else in it is not run: the sandbox says so, and what to do."""
+    async with kubernetes.sandbox() as sandbox:
+        assert_exited(await sandbox.run(shell("true"), wait_cleanup=True))
+    (found,) = supervisors(admin)
+    forget_supervisors(admin)
+    evil = base64.b64encode(b"#!/bin/sh\necho evil\n").decode()
+    body = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "immutable": True,
+        "metadata": {"name": found["metadata"]["name"], "labels": found["metadata"]["labels"]},
+        "binaryData": {"supervisor": evil},
+    }
+    assert admin.ask("POST", core("configmaps"), body).status == 201
+    try:
+        async with kubernetes.sandbox() as sandbox:
+            with pytest.raises(cloche.BackendUnavailable, match="does not hold what it should") as caught:
+                await sandbox.run(shell("true"))
+        assert f"kubectl delete configmap {found['metadata']['name']}" in caught.value.hint
+    finally:
+        forget_supervisors(admin)
+
+
+async def test_many_make_the_supervisors_map_at_once(kubernetes: Target, admin: Api) -> None:
+    """Ten sandboxes that open at once in a namespace without a supervisor all run, and there is one."""
+    forget_supervisors(admin)
+
+    async def one() -> None:
+        async with kubernetes.sandbox() as sandbox:
+            assert_exited(await sandbox.run(shell("true")))
+
+    async with anyio.create_task_group() as group:
+        for _ in range(10):
+            group.start_soon(one)
+    (found,) = supervisors(admin)
+    assert found["immutable"] is True
+
+
+async def test_100_runs(kubernetes: Target) -> None:
+    """100 runs, 10 at a time, leave nothing in the cluster and nothing in the client: memory and descriptors stay flat."""
+    me = psutil.Process()
+    with kubernetes.nothing_left(within_s=15):
+        async with kubernetes.sandbox(CLOCHE_MAX_CONCURRENT="10") as sandbox:
+
+            async def many(count: int) -> None:
+                async with anyio.create_task_group() as group:
+                    for i in range(count):
+                        group.start_soon(one, i)
+
+            async def one(i: int) -> None:
+                assert_exited(await sandbox.run(shell(f"exit {i % 5}"), wait_cleanup=True), i % 5)
+
+            await many(20)
+            gc.collect()
+            before, fds = me.memory_info().rss, me.num_fds()
+            await many(100)
+            gc.collect()
+            assert me.memory_info().rss - before < FLAT_BYTES
+            assert me.num_fds() - fds <= 20  # connections that are kept
+            assert sandbox.counters.removals_failed == 0
+
+
+async def test_a_large_workspace(kubernetes: Target, tmp_path: Path) -> None:
+    """7 MiB in several ConfigMaps, one file of 3 MiB among them, arrive byte for byte, and go again."""
+    blobs = {f"blob{i}": os.urandom(size) for i, size in enumerate((3 * 2**20, 2**20, 2**20 + 1, 2 * 2**20 - 1))}
+    for name, data in blobs.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "main.py").write_text(
+        "import hashlib, os, sys\n"
+        "for n in sorted(os.listdir('.')):\n"
+        "    if n.startswith('blob'): print(n, hashlib.sha256(open(n, 'rb').read()).hexdigest())\n"
+        "print(os.listdir('empty'), hashlib.sha256(sys.stdin.buffer.read()).hexdigest())\n"
+    )
+    stdin = os.urandom(2**19)
+    with kubernetes.nothing_left(within_s=10):
+        async with kubernetes.sandbox() as sandbox:
+            result = await sandbox.run(cloche.Spec(script="main.py", workspace=tmp_path, stdin=stdin))
+    assert_exited(result)
+    expected = [f"{name} {hashlib.sha256(data).hexdigest()}" for name, data in sorted(blobs.items())]
+    assert result.stdout.splitlines() == [*expected, f"[] {hashlib.sha256(stdin).hexdigest()}"]
+
+
+async def test_an_image_without_a_shell(kubernetes: Target, tmp_path: Path) -> None:
+    """An image with one static program and no shell runs that program."""
+    (tmp_path / "file").write_text("hello")
+    async with kubernetes.sandbox(CLOCHE_IMAGE="cloche-test/tiny:1") as sandbox:
+        result = await sandbox.run(
+            cloche.Spec(script="file", workspace=tmp_path, interpreter="/usr/bin/tiny", timeout=10)
+        )
+    assert_exited(result)
+    assert result.stdout == "hello"
+
+
+async def test_a_uid_of_its_own(kubernetes: Target) -> None:
+    """Each box has a uid and a gid that no other has, out of the range of the settings, and no further groups."""
+    source = "import os; print(os.getuid(), os.getgid(), *set(os.getgroups()) - {os.getgid()})"
+    async with kubernetes.sandbox() as sandbox:
+        said = [(await sandbox.run(python(source))).stdout.split() for _ in range(3)]
+    assert all(len(ids) == 2 and ids[0] == ids[1] for ids in said)
+    assert len({uid for uid, _ in said}) == 3
+    assert all(10**9 <= int(uid) < 2 * 10**9 for uid, _ in said)
+
+
+async def test_host_users(kubernetes: Target) -> None:
+    """With CLOCHE_KUBE_HOST_USERS=false a box has a user namespace of its own, where the node can make one."""
+    settings = {"CLOCHE_KUBE_HOST_USERS": "false", "CLOCHE_KUBE_RUN_AS_USER": "1000-60000"}
+    async with kubernetes.sandbox(**settings) as sandbox:
+        result = await sandbox.run(shell("cat /proc/self/uid_map"))
+        guarantees = {g.name: g.state for g in (await sandbox.posture()).guarantees}
+    assert_exited(result)
+    inside, outside, count = map(int, result.stdout.split())
+    assert (inside, count) == (0, 65536)
+    assert outside >= 65536
+    assert guarantees["user-namespace"] is State.IN_FORCE
+
+
+async def test_posture(kubernetes: Target) -> None:
+    """The posture names the engine, and every promise with its evidence; none that should hold does not."""
+    async with kubernetes.sandbox() as sandbox:
+        posture = await sandbox.posture()
+    assert posture.engine.startswith("Kubernetes v1.")
+    assert posture.isolation is cloche.Isolation.CONTAINER
+    assert {g.name for g in posture.guarantees if g.state is State.NOT_IN_FORCE} == {
+        "user-namespace",
+        "file-count-limit",
+    }
+    assert all(g.evidence for g in posture.guarantees)
