@@ -488,7 +488,7 @@ class Settings(BaseModel):
     kube_host_users: bool = _setting(
         True,
         "Whether boxes share the node's user namespace. false: each has one of its own (`hostUsers: false`), where uids are "
-        "below 65536, `CLOCHE_KUBE_RUN_AS_USER` included.",
+        "below 65536: a range of `CLOCHE_KUBE_RUN_AS_USER` above that becomes 1000 to 65533.",
         allowed="true or false",
         why="it takes a node whose kernel, runtime and file systems can do it",
     )

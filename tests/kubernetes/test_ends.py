@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,14 +41,15 @@ async def in_the_middle(
 ) -> cloche.Result | cloche.ClocheError:
     """How a run ends to which something is done once it runs; ``act`` gets its run id."""
     async with target.sandbox() as sandbox:
-        fold = sandbox.fold("middle")
+        run_id = f"middle-{secrets.token_hex(4)}"
+        fold = sandbox.fold(run_id)
         try:
             acted = False
-            async for event in sandbox.stream(shell(script, timeout=60, **fields), run_id="middle"):
+            async for event in sandbox.stream(shell(script, timeout=60, **fields), run_id=run_id):
                 fold.add(event)
                 if isinstance(event, cloche.Output) and not acted:
                     acted = True
-                    await to_thread.run_sync(act, "middle")
+                    await to_thread.run_sync(act, run_id)
         except cloche.ClocheError as exc:
             return exc
         return fold.result()

@@ -30,13 +30,17 @@ def docker(engine: Engine) -> Iterator[Docker]:
 
 
 @pytest.fixture
-async def cluster(anyio_backend: object, tmp_path: Path) -> AsyncIterator[Kubernetes]:
-    """A cluster in good order, at a port of the loopback."""
+async def _cluster(anyio_backend: object, tmp_path: Path) -> AsyncIterator[Kubernetes]:
     async with serving(tcp=True) as engine, anyio.create_task_group() as group:
-        made = Kubernetes(engine, tmp_path, group)
-        yield made
+        yield Kubernetes(engine, tmp_path, group)
         group.cancel_scope.cancel()
-    forget(made.base)
+
+
+@pytest.fixture
+def cluster(_cluster: Kubernetes) -> Iterator[Kubernetes]:
+    """A cluster in good order, whose API server is at a port of the loopback."""
+    yield _cluster
+    forget(_cluster.base)
 
 
 def forget(address: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,7 +28,16 @@ from cloche.testing.fake import begin, encode_frames, end
 NAMESPACE = "boxes"
 CORE, BATCH = f"/api/v1/namespaces/{NAMESPACE}", f"/apis/batch/v1/namespaces/{NAMESPACE}"
 CREATE_JOB, DELETE_JOB, CREATE_MAP = f"POST {BATCH}/jobs", f"DELETE {BATCH}/jobs/*", f"POST {CORE}/configmaps"
-LOG, REVIEW = f"GET {CORE}/pods/*/log", "POST /apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+LOG = f"GET {CORE}/pods/*/log"
+RULES, REVIEW = (f"POST /apis/authorization.k8s.io/v1/selfsubject{what}reviews" for what in ("rules", "access"))
+RIGHTS = {
+    "batch jobs": {"create", "delete", "get", "list"},
+    " configmaps": {"create", "delete", "get", "list"},
+    " pods": {"get", "list", "watch"},
+    " pods/log": {"get"},
+    " events": {"list"},
+}
+"""What the Role of deploy/kubernetes gives, by API group and resource."""
 STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\n"
 FINISHED = b"0\r\n\r\n"
 PARTIAL = "PartialObjectMetadata"
@@ -184,6 +193,8 @@ class Kubernetes:
         """Reason and message of what is noted about every Job."""
         self.denied: set[str] = set()
         """Rights such as "create jobs" that nobody has."""
+        self.tells_all = True
+        """Whether the cluster can list all rights that somebody has."""
         self.page = 500
         """Objects in a list, at most."""
         self.forgotten = 0
@@ -206,6 +217,7 @@ class Kubernetes:
         self._kubeconfig.write_text(json.dumps({"current-context": "c", "contexts": [context], **known}))
         for route, words in {
             "GET /version": Reply(body={"gitVersion": "v1.37.2"}),
+            RULES: self._rules,
             REVIEW: self._review,
             CREATE_JOB: self.create_job,
             DELETE_JOB: self.delete_job,
@@ -243,7 +255,7 @@ class Kubernetes:
             said = str(request) + ("?watch" if request.query.get("watch") == "true" else "")
             for name, word in [(job["metadata"]["name"], "JOB") for job in self.made]:
                 said = said.replace(f"{name}-p", "POD").replace(name, word)
-            found.append(said.replace(CORE, "").replace(BATCH, "").replace(REVIEW, "POST /review"))
+            found.append(said.replace(CORE, "").replace(BATCH, "").replace(RULES, "POST /rules").replace(REVIEW, "POST /review"))
         return found
 
     def note(self, kind: str, body: dict[str, Any]) -> None:
@@ -268,6 +280,16 @@ class Kubernetes:
         self.config_maps[name] = {"metadata": _metadata(name, labels, annotations), "data": {"secret": "hush"}}
 
     # --- what is asked ------------------------------------------------------------------------------------------------
+
+    async def _rules(self, request: Request, _: Peer) -> Reply:
+        assert request.json()["spec"] == {"namespace": NAMESPACE}
+        found = []
+        for what, verbs in RIGHTS.items():
+            group, _, resource = what.partition(" ")
+            held = sorted(verb for verb in verbs if f"{verb} {resource}" not in self.denied)
+            found.append({"verbs": held, "apiGroups": [group], "resources": [resource]})
+        rules = found if self.tells_all else found[:1]
+        return Reply(201, {"status": {"resourceRules": rules, "incomplete": not self.tells_all}})
 
     async def _review(self, request: Request, _: Peer) -> Reply:
         asked = request.json()["spec"]["resourceAttributes"]
@@ -450,7 +472,10 @@ async def attended(peer: Peer) -> AsyncIterator[anyio.CancelScope]:
     with anyio.CancelScope() as scope:
         async with anyio.create_task_group() as group:
             group.start_soon(attend, scope)
-            yield scope
+            try:
+                yield scope
+            except GONE:  # or the test has the connection break
+                pass
             group.cancel_scope.cancel()
 
 
@@ -480,6 +505,3 @@ def bundle(cluster: Kubernetes, job: Mapping[str, Any]) -> bytes:
             items[f"/run/cloche/{item['path']}"] = base64.b64decode(data)
     command = pod["containers"][0]["command"]
     return b"".join(items[path] for option, path in zip(command, command[1:], strict=False) if option == "--bundle")
-
-
-Handler: TypeAlias = Callable[[Request, Peer], Awaitable[Reply | Raw]]

@@ -45,6 +45,8 @@ FATE_S = 20.0
 """For an engine's word on a box that has ended; it knows by then, or will not know."""
 UNSTARTED_FATE_S = 5.0
 """For its word on a box that has not started yet."""
+LATE_FATE_S = 5.0
+"""For its word on a box that should have ended, and for what that had still to say."""
 CLOCK_SKEW_S = 60.0
 """How far the clocks of two machines may be apart before one takes the other's living box for a dead one's."""
 
@@ -231,11 +233,8 @@ class Run:
                 ending = await self._without_last_frame(box)
             elif self._deadline.started_at is None:
                 ending = await self._without_start(box)
-            elif self._reading is not None and not self._reading.connected:
-                ending = EngineLost(
-                    "The connection to the box was lost, and its time was over before there was one again.",
-                    retryable=True,
-                )
+            else:
+                ending = await self._without_answer(box)
         if isinstance(ending, Finished) and ending.outcome is Outcome.CANCELLED and not self._cancelled:
             ending = EngineLost("Somebody else than cloche had the box ended before the script ended.")
         if self._cancelled and not isinstance(ending, Finished):
@@ -251,7 +250,8 @@ class Run:
 
     async def _listen(self, box: Box) -> Finished | Exception | None:
         """How it ended; None: without a last frame."""
-        self._reading = Reading(box, replayable=self._house.chosen.capabilities.replayable)
+        if self._reading is None:
+            self._reading = Reading(box, replayable=self._house.chosen.capabilities.replayable)
         try:
             async with aclosing(self._reading.frames()) as frames:
                 async for frame in frames:
@@ -342,6 +342,23 @@ class Run:
                 return PermissionDenied(waited)
             case _:
                 return StartTimeout(waited)
+
+    async def _without_answer(self, box: Box) -> Finished | Exception | None:
+        """What became of a script whose time is over and whose supervisor has not said so. None: it has to be killed.
+
+        Its word may have been lost on the way: where that can be told, nobody guesses.
+        """
+        if self._reading is None or not self._reading.connected:
+            return EngineLost(
+                "The connection to the box was lost, and its time was over before there was one again.", retryable=True
+            )
+        if not self._house.chosen.capabilities.replayable:
+            return None
+        if (await self._fate(box, LATE_FATE_S)).kind is not FateKind.EXITED:
+            return None
+        with anyio.move_on_after(LATE_FATE_S, shield=True):
+            return await self._listen(box)
+        return None
 
     def _cut(self, outcome: Outcome) -> Finished:
         started = self._deadline.started_at

@@ -26,23 +26,26 @@ class Reading:
     def __init__(self, box: Box, *, replayable: bool) -> None:
         self._box = box
         self._replayable = replayable
+        self._decoder = Decoder()
+        self._given = 0
         self.connected = True
 
     async def frames(self) -> AsyncGenerator[Frame, None]:
         """Up to the last one, or fewer when the box's output ended before.
 
         Where the engine can give the output again, a stream that ends early or is garbled is read again from its start.
-        Garbled twice in the same place, it is not the connection.
+        Garbled twice in the same place, it is not the connection. Called again, this goes on after the last frame.
 
         Raises:
             ProtocolError: what came is not what a supervisor writes.
             EngineError: from the box.
         """
-        decoder = Decoder()
-        given, garbled_at, tries = 0, -1, 0
+        decoder = self._decoder
+        decoder.restart()
+        garbled_at, tries = -1, 0
         lost_at: float | None = None
         while True:
-            begun_at, before = anyio.current_time(), given
+            begun_at, before = anyio.current_time(), self._given
             lost: EngineLost | None = None
             garbled: FrameError | None = None
             try:
@@ -52,7 +55,7 @@ class Reading:
                         for frame in decoder.feed(chunk):
                             if isinstance(frame, Foreign):
                                 raise FrameError(f"a foreign line: {frame.line[:80]!r}")
-                            given += 1
+                            self._given += 1
                             yield frame
                             if decoder.finished:
                                 return
@@ -63,12 +66,12 @@ class Reading:
                     raise
                 lost = exc
             now = anyio.current_time()
-            if given > before or now - begun_at > LASTED_S:
+            if self._given > before or now - begun_at > LASTED_S:
                 tries = 0
             if garbled is not None:
-                if not self._replayable or garbled_at == given:
+                if not self._replayable or garbled_at == self._given:
                     raise ProtocolError(f"The box's output is not what the supervisor writes: {garbled}.") from None
-                garbled_at = given
+                garbled_at = self._given
             self.connected = lost is None
             if lost is not None:
                 lost_at = now if lost_at is None else lost_at

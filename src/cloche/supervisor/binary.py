@@ -12,11 +12,11 @@ _MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64
 """What the kernel, Docker and Kubernetes call the two architectures."""
 
 
-def supervisor_path(machine: str | None = None) -> Path:
-    """Path of the supervisor for an architecture (``x86_64``, ``amd64``, ``aarch64``, ``arm64``), by default this one's.
+def machine_name(machine: str | None = None) -> str:
+    """An architecture (None: this machine's) by the name that the supervisors have, ``x86_64`` or ``aarch64``.
 
     Raises:
-        BackendUnavailable: there is no supervisor for the architecture, or this installation was made without it.
+        BackendUnavailable: there is no supervisor for it.
     """
     machine = platform.machine() if machine is None else machine
     known = _MACHINES.get(machine.lower())
@@ -25,6 +25,16 @@ def supervisor_path(machine: str | None = None) -> Path:
             f"There is no supervisor for the architecture {machine}.",
             hint="Run on x86_64 or aarch64, or use the remote mode.",
         )
+    return known
+
+
+def supervisor_path(machine: str | None = None) -> Path:
+    """Path of the supervisor for an architecture (``x86_64``, ``amd64``, ``aarch64``, ``arm64``), by default this one's.
+
+    Raises:
+        BackendUnavailable: there is no supervisor for the architecture, or this installation was made without it.
+    """
+    known = machine_name(machine)
     path = Path(str(resources.files("cloche.supervisor") / "bin" / f"cloche-supervisor-{known}"))
     if not path.is_file():
         raise BackendUnavailable(

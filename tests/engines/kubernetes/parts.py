@@ -73,21 +73,21 @@ class Part:
 
 def _ask(inside: Namespaces, health: Health) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", health.port, timeout=HEALTH_S)
-    with inside.socket() as plain:
-        plain.settimeout(HEALTH_S)
-        plain.connect(("127.0.0.1", health.port))
-        connection.sock = plain
+    with contextlib.ExitStack() as stack:
+        connection.sock = stack.enter_context(inside.socket())
+        connection.sock.settimeout(HEALTH_S)
+        connection.sock.connect(("127.0.0.1", health.port))
         if health.tls:
             # Controller-manager and scheduler sign their own; and whoever listens here is ours.
             context = ssl.create_default_context()
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
-            connection.sock = context.wrap_socket(plain)
-        try:
-            connection.request("GET", health.path)
-            return connection.getresponse().status == http.client.OK
-        finally:
-            connection.close()
+            secured = context.wrap_socket(connection.sock, do_handshake_on_connect=False)
+            connection.sock = stack.enter_context(secured)
+            secured.do_handshake()
+        connection.request("GET", health.path)
+        with connection.getresponse() as answer:
+            return answer.status == http.client.OK
 
 
 def _containerd(settings: Settings) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import platform
 import random
 import secrets
 import time
@@ -28,7 +27,7 @@ from cloche.backends.kubernetes.watch import Pods
 from cloche.errors import BackendUnavailable, ClocheError, EngineLost, QuotaExceeded
 from cloche.isolation import Isolation, Posture
 from cloche.settings import Settings
-from cloche.supervisor.binary import supervisor_path
+from cloche.supervisor.binary import machine_name, supervisor_path
 
 CREATE_S = 30.0
 """Making a Job is not interrupted: the API server would finish it after we have looked for what to remove."""
@@ -37,6 +36,10 @@ QUOTA_PAUSES_S = (0.2, 0.5, 1.0, 2.0)
 QUOTA_RESERVE_S = 1.0
 """Who waits for a quota says so this long before the start is overdue."""
 MAX_BUNDLE_BYTES = 48 * 2**20
+MAX_INNER_UID = 65535
+"""Of a pod's own user namespace (kubernetes.io, "User Namespaces")."""
+INNER_UIDS = (1000, 65533)
+"""Where the range of the settings does not fit into it."""
 
 _log = logging.getLogger("cloche.kubernetes")
 
@@ -86,7 +89,7 @@ class KubernetesBackend:
         access = await to_thread.run_sync(kubeconfig.find, settings)
         client = self._client = KubernetesClient(access, settings.kube_namespace)
         version = await probe.look(client, access, settings.kube_namespace)
-        machine = settings.kube_arch or platform.machine()
+        machine = machine_name(settings.kube_arch)
         program = await to_thread.run_sync(_program, machine)
         supervisor = manifest.supervisor_map(_supervisor_name(program), program)
         self._keeper.note = leftovers.note(access.base, settings.kube_namespace)
@@ -188,8 +191,7 @@ class KubernetesBackend:
                 await self._remove(client, made.name)
 
     def _made(self, profile: Profile, now: float) -> Made:
-        first, last = self._settings.kube_run_as_user
-        uid = random.SystemRandom().randint(first, last)
+        uid = random.SystemRandom().randint(*_uids(self._settings))
         offset_s = now - time.time()
         expires = profile.expires_at + offset_s
         return Made(f"cloche-{profile.run_id}-{secrets.token_hex(4)}", uid, expires, expires - now)
@@ -276,6 +278,12 @@ class KubernetesBackend:
                 self._client = None
         finally:
             self._keeper.close()
+
+
+def _uids(settings: Settings) -> tuple[int, int]:
+    """The first and the last uid that a box may get. In a user namespace of its own there are few."""
+    first, last = settings.kube_run_as_user
+    return (first, last) if settings.kube_host_users or last <= MAX_INNER_UID else INNER_UIDS
 
 
 def _program(machine: str) -> bytes:

@@ -16,7 +16,7 @@ from anyio import to_thread
 from cloche._kit.http import HttpFailure, Stream, parse_json
 from cloche.backends.contract import Fate, FateKind
 from cloche.backends.kubernetes import diagnose, facts, manifest, names
-from cloche.backends.kubernetes.client import BUSY, KubernetesClient, Refused
+from cloche.backends.kubernetes.client import KubernetesClient, Refused
 from cloche.backends.kubernetes.facts import Pod
 from cloche.backends.kubernetes.watch import Follower, Pods
 from cloche.errors import EngineLost, WorkspaceTooLarge
@@ -30,9 +30,11 @@ END_S = 8.0
 """For the node to have told the API server that a container whose log has ended has ended too; usually it takes one."""
 PARALLEL = 4
 """ConfigMaps of a bundle on their way at a time."""
+NO_LOG_S = 1.0
+"""For the news that a pod has ended whose log has: both come from the node at about the same time."""
 QUOTA_PAUSES_S = (0.1, 0.2, 0.5, 1.0)
 _ERROR_BYTES = 64 * 1024
-_LOST_LOG = b"unable to retrieve container logs"
+_FRAME = b"@c "
 
 _log = logging.getLogger("cloche.kubernetes")
 
@@ -103,39 +105,48 @@ class KubernetesBox:
             await anyio.sleep(pause)
 
     async def output(self) -> AsyncGenerator[bytes, None]:
-        """The log, from its first byte on.
+        """The log, from its first byte on, up to its end.
 
         Raises:
-            EngineLost: the connection to the API server is lost; it can be asked again.
+            EngineLost: the log cannot be read now, or it ended and the pod has not; it can be asked again.
             ClocheError: the cluster says that the box cannot start.
         """
         self._ended = False
         step = 0
-        while True:
-            pod = await self._pod_with_log()
-            if pod is None:
-                break
+        while (pod := await self._pod_with_log()) is not None:
             try:
                 async with self._client.log(pod.name) as stream:
-                    if stream.status == 200:
+                    refused = await _refusal(stream) if stream.status != 200 else None
+                    if refused is None:
                         async for chunk in _until_lost(stream):
                             yield chunk
-                        break
-                    refused = await _refusal(stream)
             except HttpFailure as exc:
                 raise EngineLost(f"The connection to the API server was lost: {exc}.", retryable=True) from exc
-            if refused.code == 404:
-                _log.debug("the pod %s is gone: %s", pod.name, refused)
+            if refused is None:
+                await self._has_ended(pod, "it ended")
                 break
-            if refused.code in BUSY:  # the server cannot reach the node, or has too much to do
-                raise EngineLost(f"The log cannot be read now: {refused}.", retryable=True)
             if refused.code != 400:
-                raise diagnose.refusal(refused, "read a pod's log")
+                # The server cannot reach the node, a node's kubelet has just begun, or the server itself, which then knows
+                # neither pods nor our rights. That they were there, the probe has seen.
+                await self._has_ended(pod, str(refused))
+                break
             if self._follower.pod is not None and self._follower.pod.over:
                 break
             await self._follower.news(LOG_STEPS_S[min(step, len(LOG_STEPS_S) - 1)])
             step += 1
         self._ended = True
+
+    async def _has_ended(self, pod: Pod, why: str) -> None:
+        """Wait a moment for the cluster to say that a pod without a log has ended too.
+
+        Raises:
+            EngineLost: it does not say so.
+        """
+        with anyio.move_on_after(NO_LOG_S):
+            while not (self._follower.pod or pod).over:
+                await self._follower.news(NO_LOG_S)
+        if not (self._follower.pod or pod).over:
+            raise EngineLost(f"The pod {pod.name} still runs, and its log cannot be read: {why}.", retryable=True)
 
     async def _pod_with_log(self) -> Pod | None:
         """The pod, as soon as it can have a log. None: it is gone, or ended without one.
@@ -216,11 +227,15 @@ async def _refusal(stream: Stream) -> Refused:
 
 
 async def _until_lost(stream: Stream) -> AsyncGenerator[bytes, None]:
-    """The log, until the kubelet says in its place that it has none any more (status 200, and a line of its own)."""
-    begun = False
+    """The log; nothing where the kubelet says in its place that it has none any more (status 200, and a line of its own).
+
+    What a box writes begins with a frame: nobody but its supervisor can write there.
+    """
+    begun = b""
     async for chunk in stream.chunks():
-        if not begun and chunk.startswith(_LOST_LOG):
-            _log.debug("the kubelet: %s", chunk[:200])
-            return
-        begun = True
+        if len(begun) < len(_FRAME):
+            begun = (begun + chunk)[: len(_FRAME)]
+            if not _FRAME.startswith(begun):
+                _log.debug("instead of a log: %s", chunk[:200])
+                return
         yield chunk

@@ -28,7 +28,7 @@ from cloche._kit.fields import field
 from cloche._kit.http import Answer, ConnectionLost, HttpClient, HttpFailure, Query, Server, Stream, parse_json, segment
 from cloche.backends.kubernetes import facts, names
 from cloche.backends.kubernetes.credentials import ClientCertificate, Identity
-from cloche.backends.kubernetes.facts import Pod, Status, Thing
+from cloche.backends.kubernetes.facts import Pod, Rule, Status, Thing
 from cloche.backends.kubernetes.kubeconfig import Access
 
 QUICK_S = 20.0
@@ -45,6 +45,8 @@ WATCH_S = 300
 """For so long the server keeps a watch open."""
 WATCH_IDLE_S = 100.0
 """Between two words on a watch; the server sends a bookmark every minute."""
+LOG_IDLE_S = 60.0
+"""A log that says nothing for so long is asked for anew: what stands between may have forgotten the connection."""
 BUSY = frozenset({429, 500, 502, 503, 504})
 METADATA_ONLY = {"Accept": "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"}
 
@@ -98,6 +100,22 @@ class KubernetesClient:
         return time.time() + (self._offset_s or 0.0)
 
     # --- what we may do -----------------------------------------------------------------------------------------------
+
+    async def rules(self) -> tuple[list[Rule], bool]:
+        """What we may do in the namespace, and whether that is all that is to be known.
+
+        Raises:
+            Refused, HttpFailure, BackendUnavailable.
+        """
+        path = "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews"
+        body = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectRulesReview",
+            "spec": {"namespace": self._namespace},
+        }
+        status = field(_json(await self._call("POST", path, body=body)), "status", dict, {})
+        found = [facts.parse_rule(rule) for rule in field(status, "resourceRules", list, [])]
+        return found, not field(status, "incomplete", bool, otherwise=False)
 
     async def may(self, verb: str, group: str, resource: str) -> bool:
         """Whether we have a right in the namespace; ``resource`` may be one such as ``pods/log``.
@@ -244,7 +262,7 @@ class KubernetesClient:
             HttpFailure, BackendUnavailable.
         """
         query: dict[str, str | int | bool] = {"container": names.CONTAINER, "follow": True}
-        async with self._open(f"{self._core}/pods/{segment(pod)}/log", query, idle_s=None) as stream:
+        async with self._open(f"{self._core}/pods/{segment(pod)}/log", query, idle_s=LOG_IDLE_S) as stream:
             yield stream
 
     async def events(self, uid: str) -> list[tuple[str, str]]:

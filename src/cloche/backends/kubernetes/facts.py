@@ -5,13 +5,11 @@ The objects are those of core/v1 and batch/v1 (kubernetes.io, "Kubernetes API re
 
 from __future__ import annotations
 
-import calendar
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from cloche._kit.fields import field
+from cloche._kit.fields import field, texts
 
 MAX_MESSAGE = 1000
 """Characters kept of a message of the cluster's."""
@@ -141,8 +139,8 @@ class Thing:
     uid: str
     labels: Mapping[str, str]
     annotations: Mapping[str, str]
-    created_at: float
-    """Unix time in seconds by the cluster's clock; 0: not said."""
+    owners: frozenset[str] = frozenset()
+    """uids of what it belongs to."""
 
 
 def parse_thing(kind: str, body: object) -> Thing:
@@ -154,18 +152,39 @@ def parse_thing(kind: str, body: object) -> Thing:
         field(metadata, "uid", str, ""),
         field(metadata, "labels", dict, {}),
         field(metadata, "annotations", dict, {}),
-        parse_time(field(metadata, "creationTimestamp", str, "")),
+        frozenset(field(owner, "uid", str, "") for owner in field(metadata, "ownerReferences", list, [])),
     )
-
-
-def parse_time(text: str) -> float:
-    """Unix time in seconds of ``2026-01-02T03:04:05Z``; 0: it is none."""
-    try:
-        return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
-    except ValueError:
-        return 0.0
 
 
 def parse_event(body: object) -> tuple[str, str]:
     """Reason and message of an Event."""
     return field(body, "reason", str, ""), shortened(field(body, "message", str, ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Something that we may do (authorization.k8s.io/v1, ResourceRule)."""
+
+    verbs: frozenset[str]
+    groups: frozenset[str]
+    resources: frozenset[str]
+
+    def allows(self, verb: str, group: str, resource: str) -> bool:
+        """Whether it covers a right; ``resource`` may be one such as ``pods/log``."""
+        _, slash, part = resource.partition("/")
+        names = {resource, "*", f"*/{part}"} if slash else {resource, "*"}
+        return (
+            not {verb, "*"}.isdisjoint(self.verbs)
+            and not {group, "*"}.isdisjoint(self.groups)
+            and not names.isdisjoint(self.resources)
+        )
+
+
+def parse_rule(body: object) -> Rule:
+    """One that holds for some names only is none."""
+    if field(body, "resourceNames", list, []):
+        return Rule(frozenset(), frozenset(), frozenset())
+    verbs, groups, resources = (
+        frozenset(texts(field(body, key, list, []))) for key in ("verbs", "apiGroups", "resources")
+    )
+    return Rule(verbs, groups, resources)

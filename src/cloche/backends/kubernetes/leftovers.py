@@ -5,12 +5,18 @@ Most of it goes without us: a Job ends at its deadline, is removed some minutes 
 
 from __future__ import annotations
 
+import anyio
+
 from cloche._kit.http import HttpFailure
 from cloche.backends.claims import Claim, Keeper
 from cloche.backends.contract import Leftover
 from cloche.backends.kubernetes import names
 from cloche.backends.kubernetes.client import KubernetesClient, Refused
 from cloche.backends.kubernetes.facts import Thing
+from cloche.errors import ClocheError
+
+PARALLEL = 8
+"""Things that are removed at a time."""
 
 
 def note(base: str, namespace: str) -> str:
@@ -24,11 +30,22 @@ async def sweep(client: KubernetesClient, keeper: Keeper) -> list[Leftover]:
     Raises:
         Refused, HttpFailure, BackendUnavailable: the API server cannot be asked.
     """
-    # Jobs first: their ConfigMaps go with them.
-    things = [*await client.jobs(), *await client.config_maps()]
+    jobs = await client.jobs()
+    # What a Job owns goes with it.
+    there = {job.uid for job in jobs}
+    things = [*jobs, *(thing for thing in await client.config_maps() if thing.owners.isdisjoint(there))]
     now = client.server_time()
     todo = [(t, reason) for t in things if is_ours(t) and (reason := await keeper.reason_to_remove(_claim(t), now))]
-    left = [await _remove(client, *thing) for thing in todo]
+    left: list[Leftover] = []
+    limiter = anyio.CapacityLimiter(PARALLEL)
+
+    async def remove(thing: Thing, reason: str) -> None:
+        async with limiter:
+            left.append(await _remove(client, thing, reason))
+
+    async with anyio.create_task_group() as tasks:
+        for thing, reason in todo:
+            tasks.start_soon(remove, thing, reason)
     if all(leftover.removed for leftover in left):
         await keeper.forget_the_dead()
     return left
@@ -53,6 +70,6 @@ async def _remove(client: KubernetesClient, thing: Thing, reason: str) -> Leftov
         await remove(thing.name)
     except Refused as exc:
         return Leftover(thing.kind, thing.name, removed=False, reason=exc.message)
-    except HttpFailure as exc:
+    except (HttpFailure, ClocheError) as exc:
         return Leftover(thing.kind, thing.name, removed=False, reason=str(exc))
     return Leftover(thing.kind, thing.name, removed=True, reason=reason)

@@ -5,8 +5,6 @@ Only rights in that one namespace are asked about: nothing here needs a right in
 
 from __future__ import annotations
 
-import anyio
-
 from cloche._kit.http import ConnectFailure, HttpFailure, TlsFailure
 from cloche.backends.kubernetes import diagnose
 from cloche.backends.kubernetes.client import KubernetesClient, Refused
@@ -61,28 +59,18 @@ async def look(client: KubernetesClient, access: Access, namespace: str) -> str:
 async def _missing(client: KubernetesClient) -> list[str]:
     """The rights that are not there, in words."""
     try:
-        # One alone first: it makes the connection, and says whether such questions are answered at all.
-        allowed = {NEEDED[0]: await client.may(*NEEDED[0])}
+        rules, complete = await client.rules()
+        missing = [right for right in NEEDED if not any(rule.allows(*right) for rule in rules)]
+        if not complete:
+            # An authorizer that does not tell all: what it does not tell, it is asked one by one.
+            missing = [right for right in missing if not await client.may(*right)]
     except Refused as exc:
         if exc.code != 403:
             raise
         # Who may not even ask what he may: whether there is a way in at all is all that can be seen.
         await client.look()
         return []
-    failed: list[Exception] = []
-
-    async def ask(right: tuple[str, str, str]) -> None:
-        try:
-            allowed[right] = await client.may(*right)
-        except (Refused, HttpFailure, ClocheError) as exc:
-            failed.append(exc)
-
-    async with anyio.create_task_group() as tasks:
-        for right in NEEDED[1:]:
-            tasks.start_soon(ask, right)
-    if failed:
-        raise failed[0]
-    return [f"{verb} {resource}" for verb, group, resource in NEEDED if not allowed[verb, group, resource]]
+    return [f"{verb} {resource}" for verb, _, resource in missing]
 
 
 def _unreachable(exc: HttpFailure, access: Access) -> BackendUnavailable:
