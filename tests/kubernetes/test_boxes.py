@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gc
 import hashlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,8 @@ import psutil
 import pytest
 from anyio import to_thread
 from tests import clusters
+from tests.engines.kubernetes.cluster import Cluster
+from tests.engines.kubernetes.configuration import ADDRESS
 from tests.kubernetes import deployment
 from tests.kubernetes.deployment import Api, core, jobs
 
@@ -28,6 +35,7 @@ from cloche.testing.conformance import Target, assert_exited, python, shell
 
 pytestmark = pytest.mark.anyio
 
+IMAGES_PYTHON = (3, 11)
 FLAT_BYTES = 8 * 2**20
 CROWD = """
 import anyio, cloche
@@ -267,6 +275,115 @@ async def test_host_users(kubernetes: Target) -> None:
     assert (inside, count) == (0, 65536)
     assert outside >= 65536
     assert guarantees["user-namespace"] is State.IN_FORCE
+
+
+@pytest.fixture
+def listener(cluster: Cluster) -> Iterator[int]:
+    """The port of a program that answers in the network of the node."""
+    with cluster.socket() as listening:
+        listening.bind((ADDRESS, 0))
+        listening.listen()
+        thread = threading.Thread(target=_answer, args=(listening,), daemon=True)
+        thread.start()
+        yield listening.getsockname()[1]
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+
+
+def _answer(listening: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = listening.accept()
+            with connection:
+                connection.sendall(b"hello")
+
+
+REACH = """
+    import socket, sys
+    try:
+        with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=3) as connection:
+            print(connection.recv(10).decode())
+    except OSError as exc:
+        print(type(exc).__name__)
+"""
+
+
+@pytest.mark.parametrize(("network", "said"), [("none", "PermissionError"), ("open", "hello")])
+async def test_network(kubernetes: Target, listener: int, network: str, said: str) -> None:
+    """Where the cluster enforces no network policy, a script with no network has none all the same; with an open one it has."""
+    async with kubernetes.sandbox() as sandbox:
+        result = await sandbox.run(python(REACH, args=[ADDRESS, str(listener)], network=network))
+    assert_exited(result)
+    assert result.stdout == f"{said}\n"
+
+
+async def test_enforced_network_policy(kubernetes: Target, cluster: Cluster, listener: int) -> None:
+    """Where it does, runs go as ever, for nothing of cloche's passes a pod's network, and the policy is a wall of its own."""
+    await to_thread.run_sync(lambda: cluster.enforce_network_policy(enforced=True))
+    try:
+        async with kubernetes.sandbox() as sandbox:
+            assert_exited(await sandbox.run(shell("echo made > /output/made")))
+            result = await sandbox.run(python(REACH, args=[ADDRESS, str(listener)], network="open"))
+    finally:
+        await to_thread.run_sync(lambda: cluster.enforce_network_policy(enforced=False))
+    assert_exited(result)
+    assert result.stdout == "TimeoutError\n"
+
+
+def test_in_a_pod(kubernetes: Target, admin: Api, cluster: Cluster) -> None:
+    """In a pod with the service account that the manifests bind, cloche needs no configuration but the mode and an image."""
+    del cluster  # whose node is this machine: the pod finds cloche in its folders
+    if sys.version_info[:2] != IMAGES_PYTHON:
+        pytest.skip("what is installed here is for another Python than the image's")
+    source, packages = Path(cloche.__file__).parents[1], Path(anyio.__file__).parents[1]
+    image = kubernetes.environ["CLOCHE_IMAGE"]
+    environ = {"CLOCHE_MODE": "kubernetes", "CLOCHE_FALLBACK": "false", "CLOCHE_IMAGE": image}
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "cloche-test-application"},
+        "spec": {
+            "restartPolicy": "Never",
+            "serviceAccountName": deployment.APPLICATION,
+            "volumes": [
+                {"name": "source", "hostPath": {"path": str(source)}},
+                {"name": "packages", "hostPath": {"path": str(packages)}},
+            ],
+            "containers": [
+                {
+                    "name": "application",
+                    "image": image,
+                    "command": [
+                        "sh",
+                        "-c",
+                        "echo 'print(6 * 7)' > /tmp/a.py && exec python3 -m cloche run --json /tmp/a.py",
+                    ],
+                    "env": [
+                        {"name": name, "value": value}
+                        for name, value in {**environ, "PYTHONPATH": "/source:/packages", "HOME": "/tmp"}.items()
+                    ],
+                    "volumeMounts": [
+                        {"name": "source", "mountPath": "/source", "readOnly": True},
+                        {"name": "packages", "mountPath": "/packages", "readOnly": True},
+                    ],
+                }
+            ],
+        },
+    }
+    path = core("pods", deployment.APPLICATION)
+    assert admin.ask("POST", path, pod).status == 201
+    try:
+        end = time.monotonic() + 60
+        while True:
+            status = admin.ask("GET", f"{path}/cloche-test-application").body["status"]
+            if status["phase"] in {"Succeeded", "Failed"} or time.monotonic() > end:
+                break
+            time.sleep(0.2)
+        said = admin.log(deployment.APPLICATION, "cloche-test-application")
+    finally:
+        admin.ask("DELETE", f"{path}/cloche-test-application?gracePeriodSeconds=0")
+    result = json.loads(said)
+    assert (result["outcome"], result["stdout"], result["mode"]) == ("exited", "42\n", "kubernetes"), said
 
 
 async def test_posture(kubernetes: Target) -> None:
