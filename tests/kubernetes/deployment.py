@@ -245,7 +245,10 @@ def _wait(kubeconfig: Path, mark: str, image: str) -> None:
 
 
 def _call(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    except OSError as exc:
+        raise AbsentError(f"{command[0]} cannot be run: {exc.strerror}") from exc
     if done.returncode != 0:
         said = done.stderr.strip()
         if any(word in said for word in ("connection to the server", "Unable to connect", "no such file")):

@@ -353,7 +353,6 @@ REFUSED = {
     "as many pods as it likes": Case(ONE_RUN, {"spec.completions": None}, job_only=True),
     "another try": Case(ONE_RUN, {"spec.backoffLimit": 1}, job_only=True),
     "indexed": Case(ONE_RUN, {"spec.completionMode": "Indexed"}, job_only=True),
-    "suspended": Case(ONE_RUN, {"spec.suspend": True}, job_only=True),
     "a selector of its own": Case(
         ONE_RUN,
         {"spec.manualSelector": True, "spec.selector": {"matchLabels": {"cloche.dev/run": "run-attempt"}}},
@@ -659,10 +658,30 @@ def test_not_changed_later(admin: Api, pod: dict[str, Any], below: str, where: s
 
 
 def test_no_other_job_later(admin: Api, pod: dict[str, Any]) -> None:
-    """A Job that is there cannot be given more time."""
+    """A Job that is there can be changed, as a queue does whose turn it is, but not into one of another shape."""
     name = pod["metadata"]["ownerReferences"][0]["name"]
-    answer = admin.ask("PATCH", f"{jobs()}/{name}{DRY}", {"spec": {"activeDeadlineSeconds": 100}})
-    _assert_policy_says(answer, "is not changed once it is made")
+    assert admin.ask("PATCH", f"{jobs()}/{name}{DRY}", {"spec": {"activeDeadlineSeconds": 100}}).status == 200
+    answer = admin.ask("PATCH", f"{jobs()}/{name}{DRY}", {"spec": {"activeDeadlineSeconds": 200_000}})
+    _assert_policy_says(answer, "ends and goes by itself")
+
+
+def test_queued(app: Api, admin: Api) -> None:
+    """A Job that a queue holds back is admitted, runs when the queue lets it go, on the nodes that the queue chooses, and not
+    with what the policy forbids.
+    """
+    made = _named("echo ran", namespace=NAMESPACE)
+    job = copy.deepcopy(made[0].job)
+    job["spec"]["suspend"] = True
+    body = {**job, "metadata": {**job["metadata"], "name": f"{job['metadata']['name']}-queued"}}
+    path = f"{jobs()}/{body['metadata']['name']}"
+    assert app.ask("POST", jobs(), body).status == 201
+    try:
+        change = {"spec": {"suspend": False, "template": {"spec": {"nodeSelector": {"kubernetes.io/os": "linux"}}}}}
+        assert admin.ask("PATCH", f"{path}{DRY}", change).status == 200
+        change["spec"]["template"]["metadata"] = {"annotations": {"example.com/hypervisor": "none"}}  # type: ignore[index]
+        _assert_policy_says(admin.ask("PATCH", f"{path}{DRY}", change), "annotation")
+    finally:
+        app.ask("DELETE", f"{path}?propagationPolicy=Background")
 
 
 def test_controllers_can_finish(admin: Api, pod: dict[str, Any]) -> None:
