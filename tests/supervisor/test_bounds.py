@@ -126,6 +126,32 @@ print("all right")
     ]
 
 
+OLD_KERNEL = """
+import ctypes, os, platform, struct, sys
+# A filter that knows of no Landlock (444 everywhere), as an older kernel, one that has it switched off, or gVisor.
+lines = [(0x20, 0, 0, 0), (0x15, 0, 1, 444), (0x06, 0, 0, 0x00050000 | 38), (0x06, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
+program = struct.pack("HxxxxxxP", len(lines), ctypes.addressof(code))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0, ctypes.get_errno()
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--need-landlock"]], ids=str)
+def test_need_of_landlock(bench: Bench, options: list[str]) -> None:
+    """Where nothing but Landlock keeps the workspace, a kernel without it is no place to start a script."""
+    with bench.box(*options, prefix=[PYTHON, "-I", "-S", "-c", OLD_KERNEL]) as box:
+        box.feed(bundle(["/bin/sh", "-c", "echo ran"]))
+        run = box.finish()
+    if options:
+        assert (run.fail.code, run.started) == ("isolation-unavailable", False)
+        assert "neither as a mount nor by Landlock:" in run.fail.message
+    else:
+        assert run.stdout == b"ran\n"
+        assert Hardening.LANDLOCK_WRITES not in run.end.hardening
+
+
 NEIGHBOUR = f"""
 {PYTHON} -I -S -c 'import socket, time; s = socket.socket(1); s.bind("\\0outside"); s.listen(); time.sleep(100)' >&- 2>&- &
 exec "$@"

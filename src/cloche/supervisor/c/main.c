@@ -280,8 +280,10 @@ static void seal_mounts(void)
 	bool bounded = run.o.inodes > 0;
 
 	if (run.o.seal_workspace) {
-		run.o.need_landlock = !seal_workspace(run.o.workspace);
-		run.hardening |= run.o.need_landlock ? 0u : HARD_WORKSPACE_SEALED;
+		bool sealed = seal_workspace(run.o.workspace);
+
+		run.o.need_landlock = run.o.need_landlock || !sealed;
+		run.hardening |= sealed ? HARD_WORKSPACE_SEALED : 0u;
 	}
 	for (size_t i = 0; bounded && i < sizeof writable / sizeof *writable; i++)
 		bounded = bound_inodes(writable[i], run.o.inodes);

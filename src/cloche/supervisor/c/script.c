@@ -38,7 +38,7 @@ bool become_supervisor(void)
 /* What the child tells through a pipe that its exec closes. */
 struct report {
 	int error;
-	char what[64];
+	char what[128];
 	unsigned hardening;
 };
 
