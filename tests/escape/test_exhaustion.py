@@ -203,14 +203,66 @@ def raised(which):
     # The C library's call: Python's own turns EPERM into ValueError.
     call("prlimit64", 0, which, struct.pack("QQ", 2**40, 2**40), None)
     return resource.getrlimit(which)
-def spared():
+def spared(number):
     with open("/proc/self/oom_score_adj", "w", buffering=1) as file:
-        file.write("-1000\n")
+        file.write(f"{number}\n")
 """
     attempts = {name: f"raised(resource.{name})" for name in ("RLIMIT_NOFILE", "RLIMIT_FSIZE", "RLIMIT_CORE")}
-    attempts["oom_score_adj"] = "spared() or True"
+    spared = {f"oom_score_adj {number}": f"spared({number}) or True" for number in (-1000, 0, 500, 998, 999)}
     # gVisor keeps the number and never looks at it.
-    await attack(sandbox, attempts, setup=setup, no_gain_in_a_guest=("oom_score_adj",))
+    await attack(sandbox, attempts | spared, setup=setup, no_gain_in_a_guest=spared)
+
+
+async def test_what_the_whole_machine_shares(sandbox: cloche.Sandbox) -> None:
+    """What the kernel has one number of for all, whoever takes them, a script cannot take: events of asynchronous I/O,
+    pseudo-terminals. Guard: the filter; no device for terminals, or Landlock.
+    """
+    attempts = {
+        "asynchronous io": "call('io_setup', 1, ctypes.create_string_buffer(8)) == 0",
+        "a terminal": "openable('/dev/ptmx', os.O_RDWR)",
+    }
+    # gVisor's are its own.
+    await attack(sandbox, attempts, no_gain_in_a_guest=("a terminal",))
+
+
+QUOTAS = r"""
+import contextlib, ctypes, fcntl, os, select, signal, socket, time
+libc = ctypes.CDLL(None, use_errno=True)
+kept = []
+def until_refused(take, most):
+    with contextlib.suppress(OSError):
+        for _ in range(most):
+            kept.append(take())
+def pending():
+    signal.pthread_sigmask(signal.SIG_BLOCK, range(34, 64))
+    for number in range(20000):
+        with contextlib.suppress(OSError, ValueError):
+            signal.pthread_kill(__import__("threading").get_ident(), 34 + number % 30)
+def timer():
+    made = ctypes.c_long()
+    if libc.timer_create(1, None, ctypes.byref(made)): raise OSError
+    return made
+def wide():
+    ends = os.pipe()
+    with contextlib.suppress(OSError): fcntl.fcntl(ends[1], 1031, 2**20)
+    return ends
+pending()
+until_refused(timer, 100000)
+until_refused(wide, 1000)
+until_refused(lambda: libc.inotify_init() if libc.inotify_init() >= 0 else (_ for _ in ()).throw(OSError()), 500)
+open("/output/kept", "w").write("kept")
+print("the end", flush=True)
+"""
+
+
+async def test_every_quota_of_a_user(sandbox: cloche.Sandbox) -> None:
+    """A script that uses up what the kernel gives a user (queued signals, timers, pages of pipes, watches), which may be its
+    guard's too, has its output, its artifacts and its end all the same.
+    """
+    result = await sandbox.run(cloche.Spec(name="attack.py", content=QUOTAS, timeout=30))
+    assert_exited(result)
+    assert result.stdout == "the end\n"
+    assert [(a.path, a.data) for a in result.artifacts] == [("kept", b"kept")]
 
 
 async def test_endless_output_everywhere(sandbox: cloche.Sandbox) -> None:

@@ -304,6 +304,38 @@ def changed():
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
+async def test_attributes(sandbox: cloche.Sandbox) -> None:
+    """No file has an attribute set, nor its list of access: none is bounded, and what all may write to can be on the disk of
+    the engine's host (a pod's termination log is). Guard: the filter.
+    """
+    attempts = {
+        "of the workspace": "os.setxattr('/workspace/attack.py', 'user.x', b'x' * 3000) or True",
+        "access of the workspace": "os.setxattr('/workspace/attack.py', 'system.posix_acl_access', b'\\2\\0\\0\\0') or True",
+        "of its own": "os.setxattr(open('/tmp/x', 'w').name, 'user.x', b'x') or True",
+        "setxattrat": "call('setxattrat', -100, b'/tmp/x', 0, b'user.y', VALUE, 16) == 0",
+        "anywhere": "[p for f, _, files in everywhere() for n in files[:3] for p in [os.path.join(f, n)]"
+        " if not os.path.islink(p) and quietly(lambda: os.setxattr(p, 'user.z', b'x') or True)]",
+    }
+    await attack(
+        sandbox,
+        attempts,
+        setup="BYTE = ctypes.create_string_buffer(b'x')\nVALUE = struct.pack('QII', ctypes.addressof(BYTE), 1, 0)\n"
+        "open('/tmp/x', 'w').close()",
+        also_refused=("ENOTSUP", "EOPNOTSUPP"),
+        timeout=50,
+    )
+
+
+async def test_termination_log(sandbox: cloche.Sandbox) -> None:
+    """The file in which a pod may leave a message, on the node's disk, cannot be written. Guard: Landlock."""
+    attempts = {
+        "write": "openable('/dev/termination-log', os.O_WRONLY)",
+        "truncate": "os.truncate('/dev/termination-log', 1000) or True",
+        "by a path descriptor": "openable('/proc/self/fd/%d' % os.open('/dev/termination-log', os.O_PATH), os.O_WRONLY)",
+    }
+    await attack(sandbox, attempts)
+
+
 WATCHED = (
     "kernel/core_pattern",
     "kernel/printk",

@@ -201,7 +201,9 @@ async def test_no_network(sandbox: cloche.Sandbox, listeners: Listeners) -> None
     }
     if sandbox.mode == "kubernetes":
         # A pod has an interface, which is in plain sight; what there is to make a connection with, it has not.
-        attempts = {n: code for n, code in attempts.items() if n not in {"interfaces in /proc", "interfaces in /sys", "routes"}}
+        attempts = {
+            n: code for n, code in attempts.items() if n not in {"interfaces in /proc", "interfaces in /sys", "routes"}
+        }
     await attack(
         sandbox,
         attempts,

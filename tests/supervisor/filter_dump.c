@@ -28,6 +28,8 @@ static const struct {
 	NAMED(perf_event_open), NAMED(userfaultfd), NAMED(kexec_load), NAMED(kexec_file_load), NAMED(init_module),
 	NAMED(finit_module), NAMED(delete_module), NAMED(reboot), NAMED(syslog), NAMED(sethostname), NAMED(setdomainname),
 	NAMED(settimeofday), NAMED(clock_settime), NAMED(clock_adjtime), NAMED(adjtimex), NAMED(vhangup), NAMED(lookup_dcookie),
+	NAMED(setxattr), NAMED(lsetxattr), NAMED(fsetxattr), NAMED(removexattr), NAMED(lremovexattr), NAMED(fremovexattr),
+	NAMED(getxattr), NAMED(listxattr), NAMED(io_setup),
 #ifdef SYS_fork
 	NAMED(fork), NAMED(vfork), NAMED(open), NAMED(poll), NAMED(arch_prctl), NAMED(mknod), NAMED(iopl), NAMED(ioperm),
 	NAMED(uselib), NAMED(ustat), NAMED(sysfs), NAMED(modify_ldt),
@@ -38,7 +40,7 @@ static const struct {
 	{"pidfd_open", 434}, {"clone3", 435}, {"close_range", 436}, {"openat2", 437}, {"pidfd_getfd", 438}, {"faccessat2", 439},
 	{"process_madvise", 440}, {"epoll_pwait2", 441}, {"mount_setattr", 442}, {"quotactl_fd", 443},
 	{"landlock_create_ruleset", 444}, {"memfd_secret", 447}, {"process_mrelease", 448}, {"futex_waitv", 449},
-	{"fchmodat2", 452}, {"open_tree_attr", 467}, {"newest", NEWEST},
+	{"fchmodat2", 452}, {"setxattrat", 463}, {"removexattrat", 466}, {"open_tree_attr", 467}, {"newest", NEWEST},
 };
 
 /* Arguments: the supervisor's pid, whether sockets are AF_UNIX only, whether hidden memory is refused. */

@@ -108,7 +108,9 @@ for path in ("/output", "/tmp", "/dev/shm", "/extra"):
     try: open(path + "/x", "w"); print(path, "written")
     except OSError as e: print(path, e.errno)
 for path in ("/dev/null", "/dev/full", "/dev/zero"): open(path, "w")
-open("/proc/self/comm", "w").write("renamed")
+for path in ("/proc/self/comm", "/proc/self/oom_score_adj"):
+    try: open(path, "w"); print(path, "opened")
+    except OSError as e: print(path, e.errno)
 os.rename("/tmp/x", "/tmp/y"); os.mkdir("/tmp/d"); os.rename("/tmp/y", "/tmp/d/y"); os.truncate("/tmp/d/y", 5)
 print("all right")
 """
@@ -122,6 +124,8 @@ print("all right")
         "/tmp written",
         "/dev/shm written",
         "/extra 13",
+        "/proc/self/comm 13",
+        "/proc/self/oom_score_adj 13",
         "all right",
     ]
 

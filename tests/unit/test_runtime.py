@@ -736,7 +736,7 @@ async def test_replay_is_bounded() -> None:
     async with sandbox(backend) as s:
         with pytest.raises(cloche.EngineLost, match="evicted"):
             await s.run(SPEC)
-    assert backend.boxes[0].reads == 1 + len(reading.PAUSES_S)
+    assert backend.boxes[0].reads == reading.ENDS
 
 
 @pytest.mark.usefixtures("_quick")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from urllib.parse import quote
@@ -148,23 +148,25 @@ class Stream:
         self._response = response
         self.status = response.status_code
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body, cut anywhere.
 
         Raises:
             ConnectionLost, TimedOut: before its end.
         """
         with _translated():
-            async for chunk in self._response.aiter_bytes():
-                yield chunk
+            async with aclosing(self._response.aiter_bytes()) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     async def read(self, max_bytes: int) -> bytes:
         """The beginning of the body, at most ``max_bytes`` of it."""
         body = bytearray()
-        async for chunk in self.chunks():
-            body += chunk
-            if len(body) >= max_bytes:
-                break
+        async with aclosing(self.chunks()) as chunks:
+            async for chunk in chunks:
+                body += chunk
+                if len(body) >= max_bytes:
+                    break
         return bytes(body[:max_bytes])
 
 

@@ -44,6 +44,8 @@ class Capabilities:
     mode: str
     replayable: bool = False
     """Whether ``Box.output()`` may be called again after it ended early, giving the frames from the first one on."""
+    stop_s: float = 0.0
+    """Seconds that the engine may take to tell a box to stop."""
     max_bundle_bytes: int | None = None
     """The engine's own bound, None where it has none."""
     runs: bool = True
@@ -104,8 +106,11 @@ class Box(Protocol):
         """Ask the supervisor (SIGTERM) to end the run now and to report it as cancelled. Returns at once."""
         ...
 
-    async def fate(self) -> Fate:
-        """The engine's word, asked for only when the output ended without a last frame."""
+    async def fate(self, *, ended: bool) -> Fate:
+        """The engine's word, asked for only when the output ended without a last frame, or does not come.
+
+        ``ended``: the box has ended, by all that is known, so that an engine that does not know it yet soon will.
+        """
         ...
 
 

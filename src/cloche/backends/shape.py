@@ -21,14 +21,19 @@ OVERHEAD_BYTES = 8 * 2**20
 """What the supervisor itself may take of the box's memory, beside the rings for the output's tail."""
 
 
+ALIGNMENT = 64 * 2**10
+"""Of sizes of mounts, in bytes; the largest page of any kernel that we know of. A tmpfs rounds its size up to whole pages, and
+whoever compares what is in it with the size that he gave (the kubelet does) finds it too large."""
+
+
 def writable_bytes(limits: Limits) -> int:
     """Size of each writable mount: 64 MiB, and all together at most half the box's memory."""
-    return min(WRITABLE_CAP_BYTES, limits.memory_bytes // 2 // len(WRITABLES))
+    return min(WRITABLE_CAP_BYTES, limits.memory_bytes // 2 // len(WRITABLES)) // ALIGNMENT * ALIGNMENT
 
 
 def workspace_bytes(profile: Profile) -> int:
     """Size of the mount that holds the workspace."""
-    return profile.bundle_bytes + WORKSPACE_SLACK_BYTES
+    return -(-(profile.bundle_bytes + WORKSPACE_SLACK_BYTES) // ALIGNMENT) * ALIGNMENT
 
 
 def memory_limit_bytes(profile: Profile) -> int:

@@ -23,7 +23,7 @@ class Deadline:
         if not self._stopped:
             self.at = now + self._limits.timeout_s + self._limits.grace_s + BACKSTOP_S
 
-    def stop(self, now: float) -> None:
-        """The supervisor was asked to end the run: it has its grace to do so."""
+    def stop(self, now: float, allowance_s: float = 0.0) -> None:
+        """The supervisor was asked to end the run: it has its grace to do so, once the engine has told it."""
         self._stopped = True
-        self.at = min(self.at, now + self._limits.grace_s + BACKSTOP_S)
+        self.at = min(self.at, now + self._limits.grace_s + BACKSTOP_S + allowance_s)

@@ -45,7 +45,7 @@ FATE_S = 20.0
 """For an engine's word on a box that has ended; it knows by then, or will not know."""
 UNSTARTED_FATE_S = 5.0
 """For its word on a box that has not started yet."""
-LATE_FATE_S = 5.0
+LATE_FATE_S, LATE_READING_S = 5.0, 30.0
 """For its word on a box that should have ended, and for what that had still to say."""
 CLOCK_SKEW_S = 60.0
 """How far the clocks of two machines may be apart before one takes the other's living box for a dead one's."""
@@ -135,7 +135,7 @@ class Run:
         if self._box is None or self._talk is None:
             self.kill()
         elif not self._leaving:
-            self._deadline.stop(anyio.current_time())
+            self._deadline.stop(anyio.current_time(), self._house.chosen.capabilities.stop_s)
             self._talk.deadline = self._deadline.at
             try:
                 await self._box.stop()
@@ -236,7 +236,8 @@ class Run:
             else:
                 ending = await self._without_answer(box)
         if isinstance(ending, Finished) and ending.outcome is Outcome.CANCELLED and not self._cancelled:
-            ending = EngineLost("Somebody else than cloche had the box ended before the script ended.")
+            said = _says(await self._fate(box, LATE_FATE_S))
+            ending = EngineLost(f"Somebody else than cloche had the box ended before the script ended.{said}")
         if self._cancelled and not isinstance(ending, Finished):
             return self._cut(Outcome.CANCELLED)
         return self._cut(Outcome.TIMED_OUT) if ending is None else ending
@@ -277,12 +278,12 @@ class Run:
             return replace(event, outcome=Outcome.OUT_OF_MEMORY, signal=None, usage=usage)
         return replace(event, usage=usage)
 
-    async def _fate(self, box: Box, within_s: float = FATE_S) -> Fate:
+    async def _fate(self, box: Box, within_s: float = FATE_S, *, ended: bool = True) -> Fate:
         """The engine's word, for which is waited no longer than a bound."""
         fate = Fate(FateKind.LOST, f"It gave no answer within {within_s:g} s.")
         with anyio.move_on_after(within_s, shield=True):
             try:
-                fate = await box.fate()
+                fate = await box.fate(ended=ended)
             except Exception as exc:  # noqa: BLE001 (an engine may fail in any way)
                 _log.debug("the engine has no word on run %s", self.run_id, exc_info=True)
                 fate = Fate(FateKind.LOST, str(exc))
@@ -302,8 +303,10 @@ class Run:
 
     async def _without_last_frame(self, box: Box) -> Finished | Exception:
         """What the engine's word makes of a run whose output ended too early."""
-        fate = await self._fate(box)
-        said = f" The engine says: {fate.message.rstrip('.')}." if fate.message else ""
+        return self._by_fate(await self._fate(box))
+
+    def _by_fate(self, fate: Fate) -> Finished | Exception:
+        said = _says(fate)
         match fate.kind:
             case FateKind.NOT_STARTED:
                 return BackendUnavailable(f"The engine could not make the box.{said}")
@@ -328,8 +331,8 @@ class Run:
 
     async def _without_start(self, box: Box) -> Exception:
         """Why a box did not start in time, as far as the engine says so."""
-        fate = await self._fate(box, UNSTARTED_FATE_S)
-        said = f" The engine says: {fate.message.rstrip('.')}." if fate.message else ""
+        fate = await self._fate(box, UNSTARTED_FATE_S, ended=False)
+        said = _says(fate)
         waited = f"The box was not ready within {self._house.settings.start_timeout:g} s.{said}"
         match fate.kind:
             case FateKind.IMAGE:
@@ -346,7 +349,7 @@ class Run:
     async def _without_answer(self, box: Box) -> Finished | Exception | None:
         """What became of a script whose time is over and whose supervisor has not said so. None: it has to be killed.
 
-        Its word may have been lost on the way: where that can be told, nobody guesses.
+        Its word may have been lost on the way: where the engine can tell, nobody guesses.
         """
         if self._reading is None or not self._reading.connected:
             return EngineLost(
@@ -354,11 +357,17 @@ class Run:
             )
         if not self._house.chosen.capabilities.replayable:
             return None
-        if (await self._fate(box, LATE_FATE_S)).kind is not FateKind.EXITED:
+        fate = await self._fate(box, LATE_FATE_S)
+        if fate.kind is FateKind.LOST:
             return None
-        with anyio.move_on_after(LATE_FATE_S, shield=True):
-            return await self._listen(box)
-        return None
+        if fate.kind is not FateKind.EXITED:
+            return self._by_fate(fate)
+        with anyio.move_on_after(LATE_READING_S, shield=True):
+            if (ending := await self._listen(box)) is not None:
+                return ending
+        return EngineLost(
+            f"The box ended in time, and its last word did not come in time.{_says(fate)}", retryable=True
+        )
 
     def _cut(self, outcome: Outcome) -> Finished:
         started = self._deadline.started_at
@@ -400,3 +409,7 @@ class Run:
         now = time.perf_counter()
         self._timings[phase] = round((now - self._mark) * 1000, 3)
         self._mark = now
+
+
+def _says(fate: Fate) -> str:
+    return f" The engine says: {fate.message.rstrip('.')}." if fate.message else ""

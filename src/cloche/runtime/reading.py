@@ -12,12 +12,11 @@ from cloche.errors import EngineLost, ProtocolError
 from cloche.supervisor.frames import Decoder, Foreign, Frame, FrameError
 
 PAUSES_S = (0.05, 0.2, 0.5, 1.0)
-"""Before each new try to read a stream that ended early: an engine that lost a connection needs a moment. After the last one the
-engine is asked for the box's fate."""
-LASTED_S = 5.0
-"""A connection that held for so long, or brought anything new, was one: the tries are counted anew after it."""
-RECONNECT_S = 60.0
-"""For so long an engine that cannot be reached at all is waited for. An API server that is restarted takes some seconds."""
+"""Before each new try to read what could not be read: an engine that is lost needs a moment. The last one is repeated for as long
+as the run may take."""
+ENDS = 2
+"""A stream that ended so often without its last frame, and brought nothing new, has no more: the engine is asked for the box's
+fate."""
 
 
 class Reading:
@@ -33,7 +32,8 @@ class Reading:
     async def frames(self) -> AsyncGenerator[Frame, None]:
         """Up to the last one, or fewer when the box's output ended before.
 
-        Where the engine can give the output again, a stream that ends early or is garbled is read again from its start.
+        Where the engine can give the output again, a stream that ends early or is garbled is read again from its start, and
+        one that cannot be read is tried until the caller gives up.
         Garbled twice in the same place, it is not the connection. Called again, this goes on after the last frame.
 
         Raises:
@@ -42,16 +42,15 @@ class Reading:
         """
         decoder = self._decoder
         decoder.restart()
-        garbled_at, tries = -1, 0
-        lost_at: float | None = None
+        garbled_at, ends, losses = -1, 0, 0
         while True:
-            begun_at, before = anyio.current_time(), self._given
+            before = self._given
             lost: EngineLost | None = None
             garbled: FrameError | None = None
             try:
                 async with _connection(self._box) as chunks:
                     async for chunk in chunks:
-                        self.connected, lost_at = True, None
+                        self.connected, losses = True, 0
                         for frame in decoder.feed(chunk):
                             if isinstance(frame, Foreign):
                                 raise FrameError(f"a foreign line: {frame.line[:80]!r}")
@@ -65,22 +64,17 @@ class Reading:
                 if not self._replayable or not exc.retryable:
                     raise
                 lost = exc
-            now = anyio.current_time()
-            if self._given > before or now - begun_at > LASTED_S:
-                tries = 0
             if garbled is not None:
                 if not self._replayable or garbled_at == self._given:
                     raise ProtocolError(f"The box's output is not what the supervisor writes: {garbled}.") from None
                 garbled_at = self._given
             self.connected = lost is None
-            if lost is not None:
-                lost_at = now if lost_at is None else lost_at
-                if now - lost_at > RECONNECT_S:
-                    raise lost
-            elif not self._replayable or tries == len(PAUSES_S):
-                return
-            await anyio.sleep(PAUSES_S[min(tries, len(PAUSES_S) - 1)])
-            tries += 1
+            if lost is None:
+                ends = 1 if self._given > before else ends + 1
+                if not self._replayable or (garbled is None and ends >= ENDS):
+                    return
+            await anyio.sleep(PAUSES_S[min(losses, len(PAUSES_S) - 1)])
+            losses += lost is not None
             decoder.restart()
 
 

@@ -174,8 +174,9 @@ class FakeBox:
         """Note that it was called."""
         self._stopped.set()
 
-    async def fate(self) -> Fate:
+    async def fate(self, *, ended: bool) -> Fate:
         """The play's."""
+        del ended
         return self.play.fate
 
     async def _stopped_meanwhile(self, step: Step) -> bool:

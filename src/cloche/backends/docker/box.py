@@ -41,7 +41,7 @@ class DockerBox:
         self._name = name
         self._connection = connection
         self._on_silence = on_silence
-        self._answered = self._broken = self._ended = False
+        self._answered = self._broken = False
         self._message = bytearray()
 
     async def feed(self, bundle: Bundle) -> None:
@@ -77,16 +77,15 @@ class DockerBox:
             self._broken = True
         except DemuxError as exc:
             raise ProtocolError(f"What the daemon sends is not the stream of a container: {exc}.") from exc
-        self._ended = True
 
     async def stop(self) -> None:
         """SIGTERM to the supervisor, through the daemon."""
         await self._client.signal(self._name, "SIGTERM")
 
-    async def fate(self) -> Fate:
+    async def fate(self, *, ended: bool) -> Fate:
         """The daemon's word on a container."""
         try:
-            with anyio.move_on_after(END_S if self._ended else 0):
+            with anyio.move_on_after(END_S if ended else 0):
                 await self._client.wait(self._name)
             state = await self._client.state(self._name)
             # The daemon keeps it in mind when any process of the container was killed for want of memory. If somebody

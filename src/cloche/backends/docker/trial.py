@@ -58,5 +58,5 @@ async def run(box: Box, made_of: Profile) -> Shown:
     if isinstance(last, End) and last.exit_code == 0:
         kernel = said.decode("utf-8", "replace").partition("kernel ")[2].strip()
         return Shown(kernel, last.hardening)
-    reason = last.message if isinstance(last, Fail) else (await box.fate()).message
+    reason = last.message if isinstance(last, Fail) else (await box.fate(ended=True)).message
     raise BackendUnavailable(f"A trial box could not be made: {reason}")

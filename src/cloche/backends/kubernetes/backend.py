@@ -8,7 +8,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,8 +20,8 @@ from cloche._kit.http import HttpFailure
 from cloche.backends.claims import Keeper
 from cloche.backends.contract import Box, Capabilities, Leftover, Profile
 from cloche.backends.kubernetes import diagnose, kubeconfig, leftovers, manifest, names, probe
-from cloche.backends.kubernetes.box import KubernetesBox
-from cloche.backends.kubernetes.client import KubernetesClient, Refused
+from cloche.backends.kubernetes.box import JobName, KubernetesBox
+from cloche.backends.kubernetes.client import BUSY, KubernetesClient, OtherContent, Refused
 from cloche.backends.kubernetes.manifest import Ground, Made
 from cloche.backends.kubernetes.watch import Pods
 from cloche.errors import BackendUnavailable, ClocheError, EngineLost, QuotaExceeded
@@ -31,7 +31,10 @@ from cloche.supervisor.binary import machine_name, supervisor_path
 
 CREATE_S = 30.0
 """Making a Job is not interrupted: the API server would finish it after we have looked for what to remove."""
-REMOVE_S, REMOVE_PAUSE_S = 25.0, 1.0
+REMOVE_S, REMOVE_FAILED_S, REMOVE_PAUSE_S = 25.0, 5.0, 1.0
+"""For a Job, and for one that may not have been made; a server that has just begun knows nobody's rights for a moment."""
+STOP_S = 5.0
+"""From deleting a Job to its container's SIGTERM: the garbage collector, the kubelet and the runtime come in between."""
 QUOTA_PAUSES_S = (0.2, 0.5, 1.0, 2.0)
 QUOTA_RESERVE_S = 1.0
 """Who waits for a quota says so this long before the start is overdue."""
@@ -70,7 +73,7 @@ class KubernetesBackend:
 
     def capabilities(self) -> Capabilities:
         """A pod's log can be read again from its beginning for as long as the pod is there."""
-        return Capabilities(mode="kubernetes", replayable=True, max_bundle_bytes=MAX_BUNDLE_BYTES)
+        return Capabilities(mode="kubernetes", replayable=True, stop_s=STOP_S, max_bundle_bytes=MAX_BUNDLE_BYTES)
 
     async def probe(self) -> Posture:
         """Find the credentials, and ask the API server what they may do. Once."""
@@ -126,40 +129,41 @@ class KubernetesBackend:
         return _Setup(client, pods, ground, supervisor, posture)
 
     async def tend(self) -> None:
-        """Have the supervisor in the namespace, then watch the pods for as long as the sandbox is open.
-
-        Raises:
-            ClocheError: the supervisor cannot be put there. The first run will say so too.
-        """
+        """Have the supervisor in the namespace, then watch the pods for as long as the sandbox is open."""
         if self._setup is None:
             return
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._setup.pods.watch)
-            with contextlib.suppress(ClocheError):
+            try:
                 await self._have_supervisor(self._setup)
+            except ClocheError as exc:
+                _log.info("%s", exc.message)
 
-    async def _have_supervisor(self, setup: _Setup, *, doubt: bool = False) -> None:
+    async def _have_supervisor(self, setup: _Setup) -> None:
         """Have the supervisor's ConfigMap in the namespace, with the right content.
 
         Raises:
             ClocheError: it cannot be had there.
         """
         async with self._making:
-            if self._there and not doubt:
-                return
-            name = setup.ground.supervisor
-            try:
-                await setup.client.create_config_map(setup.supervisor)
-            except Refused as exc:
-                if exc.code == 409:
-                    raise BackendUnavailable(
-                        f"The ConfigMap {name} of the namespace {setup.ground.namespace} does not hold what it should.",
-                        hint=f"Find out who changed it, then delete it: kubectl delete configmap {name}.",
-                    ) from exc
-                raise diagnose.refusal(exc, "make a ConfigMap") from exc
-            except HttpFailure as exc:
-                raise diagnose.unreachable(exc, "make a ConfigMap") from exc
-            self._there = True
+            if not self._there:
+                with _translated("make a ConfigMap", setup):
+                    # Mostly it is there, and a quota that leaves no room for another one is no reason to do without it.
+                    if not await setup.client.has_config_map(setup.supervisor):
+                        await setup.client.create_config_map(setup.supervisor)
+                self._there = True
+
+    async def _mend(self, setup: _Setup) -> None:
+        """Put the supervisor back, if somebody deleted it under us.
+
+        Raises:
+            ClocheError: it cannot be had there.
+        """
+        async with self._making:
+            with _translated("make a ConfigMap", setup):
+                if not await setup.client.has_config_map(setup.supervisor, content=False):
+                    _log.warning("the ConfigMap %s was deleted; it is made again", setup.ground.supervisor)
+                    await setup.client.create_config_map(setup.supervisor)
 
     @contextlib.asynccontextmanager
     async def open(self, profile: Profile) -> AsyncIterator[Box]:
@@ -174,21 +178,16 @@ class KubernetesBackend:
         setup, client = self._setup, self._setup.client
         await self._have_supervisor(setup)
         made = self._made(profile, client.server_time())
-        with setup.pods.follow(profile.run_id) as follower:
+        body = manifest.job(profile, setup.ground, made)
+        with setup.pods.follow(made.name) as follower:
+            uid = await self._make_job(client, body)
+            follower.belongs_to(uid)
+            maps = partial(manifest.bundle_maps, profile, setup.ground, made, uid)
+            mend = partial(self._mend, setup)
             try:
-                uid = await self._make_job(client, manifest.job(profile, setup.ground, made))
-            except BaseException:
-                await self._remove_failed(client, made.name)
-                raise
-
-            def maps(data: bytes) -> Iterable[Mapping[str, Any]]:
-                return manifest.bundle_maps(profile, setup.ground, made, uid, data)
-
-            mend = partial(self._have_supervisor, setup, doubt=True)
-            try:
-                yield KubernetesBox(client, setup.pods, follower, (profile.run_id, made.name, uid), maps, mend)
+                yield KubernetesBox(client, setup.pods, follower, JobName(made.name, uid), maps, mend)
             finally:
-                await self._remove(client, made.name)
+                await self._remove(client, made.name, REMOVE_S)
 
     def _made(self, profile: Profile, now: float) -> Made:
         uid = random.SystemRandom().randint(*_uids(self._settings))
@@ -206,53 +205,70 @@ class KubernetesBackend:
         tries = 0
         while True:
             try:
-                with anyio.fail_after(CREATE_S, shield=True):
-                    return await client.create_job(body)
+                return await self._create(client, body)
             except Refused as exc:
                 error = diagnose.refusal(exc, "make a Job")
                 pause = QUOTA_PAUSES_S[min(tries, len(QUOTA_PAUSES_S) - 1)]
-                if not isinstance(error, QuotaExceeded) or anyio.current_time() + pause > until:
+                if not isinstance(error, QuotaExceeded):
                     raise error from exc
-            except HttpFailure as exc:
+                if anyio.current_time() + pause > until:
+                    # A first try whose answer was lost may have taken the last place.
+                    await self._remove_failed(client, body["metadata"]["name"])
+                    raise error from exc
+            tries += 1
+            await anyio.sleep(pause)
+
+    async def _create(self, client: KubernetesClient, body: Mapping[str, Any]) -> str:
+        """One try, with nothing left behind where it fails.
+
+        Raises:
+            Refused: nothing was made.
+            BackendUnavailable: the API server cannot be spoken to.
+        """
+        try:
+            with anyio.fail_after(CREATE_S, shield=True):
+                return await client.create_job(body)
+        except Refused:
+            raise
+        except BaseException as exc:
+            await self._remove_failed(client, body["metadata"]["name"])
+            if isinstance(exc, HttpFailure):
                 raise diagnose.unreachable(exc, "make a Job") from exc
-            except TimeoutError:
+            if isinstance(exc, TimeoutError):
                 raise BackendUnavailable(
                     f"The API server made no Job within {CREATE_S:g} s.", hint="Look at its load.", retryable=True
                 ) from None
-            tries += 1
-            await anyio.sleep(pause)
+            raise
 
     async def _remove_failed(self, client: KubernetesClient, name: str) -> None:
         """Remove what may have been made. What went wrong before is what is to be told, not that this fails too."""
         try:
-            await self._remove(client, name)
+            await self._remove(client, name, REMOVE_FAILED_S)
         except EngineLost as exc:
             _log.warning("%s It is left to sweep.", exc.message)
 
-    async def _remove(self, client: KubernetesClient, name: str) -> None:
+    async def _remove(self, client: KubernetesClient, name: str, within_s: float) -> None:
         """Delete a Job, whatever comes in between. Its pod and its ConfigMaps the cluster then removes by itself.
 
         Raises:
             EngineLost: it could not be deleted, and is left to its own deadline, and to sweep.
         """
-        try:
-            with anyio.fail_after(REMOVE_S, shield=True):
-                while not await self._ask_to_delete(client, name):  # noqa: ASYNC110 - an API server that is away tells nobody
-                    await anyio.sleep(REMOVE_PAUSE_S)
-        except (Refused, ClocheError, TimeoutError) as exc:
-            self._keeper.left = True
-            why = "it took too long" if isinstance(exc, TimeoutError) else str(exc)
-            raise EngineLost(f"The Job {name} could not be deleted: {why}.") from exc
-
-    @staticmethod
-    async def _ask_to_delete(client: KubernetesClient, name: str) -> bool:
-        """False: the API server did not answer."""
-        try:
-            await client.delete_job(name)
-        except HttpFailure as exc:
-            _log.debug("the Job %s is not deleted yet: %s", name, exc)
-            return False
-        return True
+        problem: Exception | None = None
+        with anyio.move_on_after(within_s, shield=True):
+            while True:
+                try:
+                    await client.delete_job(name)
+                except Refused as exc:
+                    problem = exc
+                    if exc.code not in {401, 403, 409, *BUSY}:
+                        break
+                except (HttpFailure, ClocheError) as exc:
+                    problem = exc
+                else:
+                    return
+                await anyio.sleep(REMOVE_PAUSE_S)
+        self._keeper.left = True
+        raise EngineLost(f"The Job {name} could not be deleted: {problem or 'it took too long'}.") from problem
 
     async def sweep(self) -> Sequence[Leftover]:
         """Remove what has expired by the API server's clock, of any process, and what belongs to a dead one of this machine.
@@ -278,6 +294,22 @@ class KubernetesBackend:
                 self._client = None
         finally:
             self._keeper.close()
+
+
+@contextlib.contextmanager
+def _translated(what: str, setup: _Setup) -> Iterator[None]:
+    """The client's errors become cloche's."""
+    try:
+        yield
+    except OtherContent as exc:
+        raise BackendUnavailable(
+            f"The ConfigMap {exc} of the namespace {setup.ground.namespace} does not hold what it should.",
+            hint=f"Find out who changed it, then delete it: kubectl delete configmap {exc}.",
+        ) from exc
+    except Refused as exc:
+        raise diagnose.refusal(exc, what) from exc
+    except HttpFailure as exc:
+        raise diagnose.unreachable(exc, what) from exc
 
 
 def _uids(settings: Settings) -> tuple[int, int]:

@@ -16,16 +16,30 @@ import email.utils
 import json
 import logging
 import random
+import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
 from anyio import to_thread
 
 from cloche._kit.fields import field
-from cloche._kit.http import Answer, ConnectionLost, HttpClient, HttpFailure, Query, Server, Stream, parse_json, segment
+from cloche._kit.http import (
+    Answer,
+    ConnectionLost,
+    HttpClient,
+    HttpFailure,
+    Query,
+    Server,
+    Stream,
+    TlsFailure,
+    TooLarge,
+    parse_json,
+    segment,
+)
 from cloche.backends.kubernetes import facts, names
 from cloche.backends.kubernetes.credentials import ClientCertificate, Identity
 from cloche.backends.kubernetes.facts import Pod, Rule, Status, Thing
@@ -39,16 +53,22 @@ MAX_RETRY_AFTER_S = 10.0
 PAGE = 500
 """Objects in one answer to a list; more come in further ones."""
 MAX_ANSWER_BYTES = 16 * 2**20
+MAX_ERROR_BYTES = 64 * 1024
 MAX_EVENT_LINE = 4 * 2**20
 """Of a watch: one object, which etcd bounds at 1.5 MiB."""
 WATCH_S = 300
 """For so long the server keeps a watch open."""
 WATCH_IDLE_S = 100.0
 """Between two words on a watch; the server sends a bookmark every minute."""
-LOG_IDLE_S = 60.0
+LOG_IDLE_S = 120.0
 """A log that says nothing for so long is asked for anew: what stands between may have forgotten the connection."""
 BUSY = frozenset({429, 500, 502, 503, 504})
-METADATA_ONLY = {"Accept": "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"}
+METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+LIST_OF_METADATA = {"Accept": "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"}
+EXISTS, CONFLICT = "AlreadyExists", "Conflict"
+"""What the API server means by 409: there is one of that name, or somebody else (a quota that is counted, mostly) came in
+between, so that nothing was done.
+"""
 
 _log = logging.getLogger("cloche.kubernetes")
 
@@ -71,8 +91,21 @@ class Refused(Exception):
         return self.status.message or self.status.reason
 
 
+class OtherContent(Exception):
+    """Under the name there is something else. ``args`` has the name."""
+
+
 class Expired(Exception):
     """A watch cannot go on from where it was: what happened since is forgotten (410)."""
+
+
+@dataclass(eq=False, slots=True)
+class _Line:
+    """The connections of one client certificate."""
+
+    http: HttpClient
+    certificate: ClientCertificate | None
+    users: int = 0
 
 
 class KubernetesClient:
@@ -80,9 +113,8 @@ class KubernetesClient:
 
     def __init__(self, access: Access, namespace: str) -> None:
         self._access = access
-        self._http: HttpClient | None = None
-        self._certificate: ClientCertificate | None = None
-        self._old: list[HttpClient] = []
+        self._line: _Line | None = None
+        self._old: set[_Line] = set()
         self._connecting = anyio.Lock()
         self._core = f"/api/v1/namespaces/{segment(namespace)}"
         self._batch = f"/apis/batch/v1/namespaces/{segment(namespace)}"
@@ -91,9 +123,9 @@ class KubernetesClient:
 
     async def aclose(self) -> None:
         """Close all connections."""
-        for http in (self._http, *self._old):
-            if http is not None:
-                await http.aclose()
+        for line in (self._line, *self._old):
+            if line is not None:
+                await line.http.aclose()
 
     def server_time(self) -> float:
         """Unix time in seconds by the API server's clock, as its last answer told it; ours where none did."""
@@ -139,7 +171,7 @@ class KubernetesClient:
         Raises:
             Refused, HttpFailure, BackendUnavailable.
         """
-        await self._call("GET", f"{self._core}/configmaps", query={"limit": 1}, headers=METADATA_ONLY)
+        await self._call("GET", f"{self._core}/configmaps", query={"limit": 1}, headers=LIST_OF_METADATA)
 
     async def version(self) -> str:
         """The cluster's, such as ``v1.37.2``; empty where it does not tell."""
@@ -161,7 +193,7 @@ class KubernetesClient:
         try:
             found = _json(await self._call("POST", f"{self._batch}/jobs", body=body))
         except Refused as exc:
-            if exc.code != 409:
+            if exc.status.reason != EXISTS:
                 raise
             found = _json(await self._call("GET", f"{self._batch}/jobs/{segment(name)}"))
             labels = field(field(found, "metadata", dict, {}), "labels", dict, {})
@@ -169,10 +201,10 @@ class KubernetesClient:
                 raise
         return _uid(found)
 
-    async def delete_job(self, name: str) -> bool:
-        """Delete a Job, and in the background what belongs to it. False: there is none (any more)."""
+    async def delete_job(self, name: str) -> None:
+        """Delete a Job, and in the background what belongs to it, if there is one (any more)."""
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
-        return await self._delete(f"{self._batch}/jobs/{segment(name)}", body)
+        await self._delete(f"{self._batch}/jobs/{segment(name)}", body)
 
     async def jobs(self) -> list[Thing]:
         """All of cloche's in the namespace."""
@@ -184,21 +216,42 @@ class KubernetesClient:
         """Make a ConfigMap; one of its name with the same content is as good.
 
         Raises:
-            Refused, HttpFailure, BackendUnavailable. A 409 says that there is one with another content.
+            Refused, HttpFailure, BackendUnavailable.
+            OtherContent: there is one with another content.
+        """
+        encoded = await to_thread.run_sync(_encoded, body)
+        while True:
+            try:
+                await self._call("POST", f"{self._core}/configmaps", body=encoded)
+            except Refused as exc:
+                if exc.status.reason != EXISTS:
+                    raise
+                if not await self.has_config_map(body):
+                    continue  # it went while we looked
+            return
+
+    async def has_config_map(self, body: Mapping[str, Any], *, content: bool = True) -> bool:
+        """Whether there is one of that name; where its ``content`` is asked for too, with the same.
+
+        Raises:
+            Refused, HttpFailure, BackendUnavailable.
+            OtherContent: there is one with another content.
         """
         name = body["metadata"]["name"]
+        headers = None if content else {"Accept": f"{METADATA_ONLY},application/json"}
         try:
-            await self._call("POST", f"{self._core}/configmaps", body=body)
+            answer = await self._call("GET", f"{self._core}/configmaps/{segment(name)}", headers=headers)
         except Refused as exc:
-            if exc.code != 409:
-                raise
-            found = _json(await self._call("GET", f"{self._core}/configmaps/{segment(name)}"))
-            if not _same_data(found, body):
-                raise
+            if exc.code == 404:
+                return False
+            raise
+        if content and not _same_data(_json(answer), body):
+            raise OtherContent(name)
+        return True
 
-    async def delete_config_map(self, name: str) -> bool:
-        """Delete one. False: there is none (any more)."""
-        return await self._delete(f"{self._core}/configmaps/{segment(name)}", None)
+    async def delete_config_map(self, name: str) -> None:
+        """Delete one, if there is one (any more)."""
+        await self._delete(f"{self._core}/configmaps/{segment(name)}", None)
 
     async def config_maps(self) -> list[Thing]:
         """All of cloche's in the namespace, without their contents."""
@@ -212,7 +265,7 @@ class KubernetesClient:
         query: dict[str, str | int | bool] = {"labelSelector": selector, "limit": PAGE}
         while True:
             found = _json(await self._call("GET", f"{self._core}/pods", query=query))
-            pods += [_pod(item) for item in field(found, "items", list, [])]
+            pods += [facts.parse_pod(item) for item in field(found, "items", list, [])]
             metadata = field(found, "metadata", dict, {})
             version = field(metadata, "resourceVersion", str, "")
             if not (more := field(metadata, "continue", str, "")):
@@ -222,7 +275,7 @@ class KubernetesClient:
     async def pod(self, name: str) -> Pod | None:
         """One pod; None: it is not there."""
         try:
-            return _pod(_json(await self._call("GET", f"{self._core}/pods/{segment(name)}")))
+            return facts.parse_pod(_json(await self._call("GET", f"{self._core}/pods/{segment(name)}")))
         except Refused as exc:
             if exc.code == 404:
                 return None
@@ -245,25 +298,27 @@ class KubernetesClient:
         }
         async with self._open(f"{self._core}/pods", query, idle_s=WATCH_IDLE_S) as stream:
             if stream.status != 200:
-                refused = _refusal(stream.status, await stream.read(MAX_ANSWER_BYTES))
+                refused = await _no_stream(stream)
                 raise Expired if refused.code == 410 else refused
-            async for line in _lines(stream):
-                kind, body = field(line, "type", str, ""), field(line, "object", dict, {})
-                if kind == "ERROR":
-                    status = facts.parse_status(500, body)
-                    raise Expired if status.code == 410 else Refused(status)
-                yield kind, _pod(body), field(field(body, "metadata", dict, {}), "resourceVersion", str, "")
+            async with aclosing(_lines(stream)) as lines:
+                async for line in lines:
+                    kind, body = field(line, "type", str, ""), field(line, "object", dict, {})
+                    if kind == "ERROR":
+                        status = facts.parse_status(500, body)
+                        raise Expired if status.code == 410 else Refused(status)
+                    at = field(field(body, "metadata", dict, {}), "resourceVersion", str, "")
+                    yield kind, facts.parse_pod(body), at
 
     @asynccontextmanager
-    async def log(self, pod: str) -> AsyncIterator[Stream]:
-        """The log of a pod's box from its first byte on, followed until the container ends. The caller looks at the status.
+    async def log(self, pod: str) -> AsyncIterator[Stream | Refused]:
+        """The log of a pod's box from its first byte on, followed until the container ends; or why there is none.
 
         Raises:
             HttpFailure, BackendUnavailable.
         """
         query: dict[str, str | int | bool] = {"container": names.CONTAINER, "follow": True}
         async with self._open(f"{self._core}/pods/{segment(pod)}/log", query, idle_s=LOG_IDLE_S) as stream:
-            yield stream
+            yield stream if stream.status == 200 else await _no_stream(stream)
 
     async def events(self, uid: str) -> list[tuple[str, str]]:
         """Reason and message of what the cluster noted about an object, in no order."""
@@ -276,21 +331,19 @@ class KubernetesClient:
     async def _list(self, path: str) -> AsyncIterator[object]:
         query: dict[str, str | int | bool] = {"labelSelector": names.OURS, "limit": PAGE}
         while True:
-            found = _json(await self._call("GET", path, query=query, headers=METADATA_ONLY))
+            found = _json(await self._call("GET", path, query=query, headers=LIST_OF_METADATA))
             for item in field(found, "items", list, []):
                 yield item
             if not (more := field(field(found, "metadata", dict, {}), "continue", str, "")):
                 return
             query["continue"] = more
 
-    async def _delete(self, path: str, body: Mapping[str, Any] | None) -> bool:
+    async def _delete(self, path: str, body: Mapping[str, Any] | None) -> None:
         try:
             await self._call("DELETE", path, body=body)
         except Refused as exc:
-            if exc.code == 404:
-                return False
-            raise
-        return True
+            if exc.code != 404:
+                raise
 
     async def _call(
         self,
@@ -298,7 +351,7 @@ class KubernetesClient:
         path: str,
         *,
         query: Query | None = None,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """One request, as often as it takes; the answer is a success.
@@ -306,7 +359,7 @@ class KubernetesClient:
         Raises:
             Refused, HttpFailure, BackendUnavailable.
         """
-        encoded = None if body is None else json.dumps(body).encode()
+        encoded = body if body is None or isinstance(body, bytes) else _encoded(body)
         given = {**(headers or {}), **({} if encoded is None else {"Content-Type": "application/json"})}
         # A server that never answered is not waited for: it may not be there at all.
         pauses = PAUSES_S if self._offset_s is not None else PAUSES_S[:1]
@@ -314,7 +367,7 @@ class KubernetesClient:
             try:
                 answer = await self._once(method, path, query, encoded, given)
             except HttpFailure as exc:
-                if pause is None:
+                if pause is None or isinstance(exc, TooLarge | TlsFailure):
                     raise
                 _log.debug("%s %s: %s; it is asked again", method, path, exc)
                 wait_s = pause
@@ -322,7 +375,7 @@ class KubernetesClient:
                 if answer.ok:
                     return answer
                 refused = _refusal(answer.status, answer.body, answer.headers.get("retry-after", ""))
-                if pause is None or answer.status not in BUSY:
+                if pause is None or not (answer.status in BUSY or refused.status.reason == CONFLICT):
                     raise refused
                 _log.debug("%s %s: %s; it is asked again", method, path, refused)
                 wait_s = max(pause, min(refused.status.retry_after_s or 0.0, MAX_RETRY_AFTER_S))
@@ -335,16 +388,16 @@ class KubernetesClient:
         """One request; a second one with new credentials where the first one's were refused."""
 
         async def ask(*, after_refusal: bool) -> Answer:
-            http, identity = await self._speak(after_refusal=after_refusal)
-            answer = await http.request(
-                method,
-                path,
-                query=query,
-                body=body,
-                headers={"Accept": "application/json", **headers, **identity.headers},
-                timeout_s=QUICK_S,
-                max_bytes=MAX_ANSWER_BYTES,
-            )
+            async with self._speak(after_refusal=after_refusal) as (http, identity):
+                answer = await http.request(
+                    method,
+                    path,
+                    query=query,
+                    body=body,
+                    headers={"Accept": "application/json", **headers, **identity.headers},
+                    timeout_s=QUICK_S,
+                    max_bytes=MAX_ANSWER_BYTES,
+                )
             self._note_time(answer)
             return answer
 
@@ -353,36 +406,50 @@ class KubernetesClient:
 
     @asynccontextmanager
     async def _open(self, path: str, query: Query, *, idle_s: float | None) -> AsyncIterator[Stream]:
-        http, identity = await self._speak()
-        async with http.stream("GET", path, query=query, headers=identity.headers, idle_s=idle_s) as stream:
-            if stream.status != 401:
-                yield stream
-                return
-        http, identity = await self._speak(after_refusal=True)
-        async with http.stream("GET", path, query=query, headers=identity.headers, idle_s=idle_s) as stream:
-            yield stream
+        for after_refusal in (False, True):
+            async with self._speak(after_refusal=after_refusal) as (http, identity):
+                headers = identity.headers
+                async with http.stream("GET", path, query=query, headers=headers, idle_s=idle_s) as stream:
+                    if stream.status != 401 or after_refusal:
+                        yield stream
+                        return
 
-    async def _speak(self, *, after_refusal: bool = False) -> tuple[HttpClient, Identity]:
-        """Over which connections, and as whom. A new client certificate needs new connections."""
+    @asynccontextmanager
+    async def _speak(self, *, after_refusal: bool = False) -> AsyncIterator[tuple[HttpClient, Identity]]:
+        """Over which connections, and as whom. A new client certificate needs new connections; the old ones go when nobody
+        uses them any more.
+        """
         identity = await self._access.credentials.identity(after_refusal=after_refusal)
         async with self._connecting:
-            if self._http is None or identity.certificate != self._certificate:
+            if self._line is None or identity.certificate != self._line.certificate:
                 tls = await to_thread.run_sync(self._access.tls, identity.certificate)
-                if self._http is not None:
-                    self._old.append(self._http)  # logs are still read over it
-                self._certificate = identity.certificate
-                self._http = HttpClient(Server(self._access.base, tls=tls, name=self._access.server_name))
-            return self._http, identity
+                old, self._line = self._line, _Line(HttpClient(self._server(tls)), identity.certificate)
+                if old is not None:
+                    self._old.add(old)
+                    await self._close_unused()
+            line = self._line
+        line.users += 1
+        try:
+            yield line.http, identity
+        finally:
+            line.users -= 1
+            if line in self._old:
+                with anyio.CancelScope(shield=True):
+                    await self._close_unused()
+
+    def _server(self, tls: ssl.SSLContext | None) -> Server:
+        return Server(self._access.base, tls=tls, name=self._access.server_name)
+
+    async def _close_unused(self) -> None:
+        for line in [line for line in self._old if line.users == 0]:
+            self._old.discard(line)
+            await line.http.aclose()
 
     def _note_time(self, answer: Answer) -> None:
         self._offset_s = self._offset_s or 0.0
         with contextlib.suppress(TypeError, ValueError):
             told = email.utils.parsedate_to_datetime(answer.headers.get("date", "")).timestamp()
             self._offset_s = told + 0.5 - time.time()  # it tells whole seconds
-
-
-def _pod(body: object) -> Pod | None:
-    return facts.parse_pod(body, names.LABEL_RUN)
 
 
 def _same_data(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
@@ -398,10 +465,18 @@ def _uid(found: object) -> str:
 
 
 def _json(answer: Answer) -> Any:
+    return _parsed(answer.body)
+
+
+def _parsed(body: bytes) -> Any:
     try:
-        return answer.json()
+        return parse_json(body)
     except ValueError:
         raise ConnectionLost("what the API server sent is not JSON") from None
+
+
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body).encode()
 
 
 def _refusal(http_status: int, body: bytes, retry_after: str = "") -> Refused:
@@ -414,21 +489,23 @@ def _refusal(http_status: int, body: bytes, retry_after: str = "") -> Refused:
     return Refused(Status(status.code, status.reason, status.message, after))
 
 
-async def _lines(stream: Stream) -> AsyncIterator[object]:
+async def _no_stream(stream: Stream) -> Refused:
+    return _refusal(stream.status, await stream.read(MAX_ERROR_BYTES))
+
+
+async def _lines(stream: Stream) -> AsyncGenerator[object, None]:
     """A JSON object a line.
 
     Raises:
         ConnectionLost: a line has no end, or is none.
     """
     partial = bytearray()
-    async for chunk in stream.chunks():
-        partial += chunk
-        while (end := partial.find(b"\n")) >= 0:
-            line = bytes(partial[:end])
-            del partial[: end + 1]
-            try:
-                yield parse_json(line)
-            except ValueError:
-                raise ConnectionLost("what the API server sent is not JSON") from None
-        if len(partial) > MAX_EVENT_LINE:
-            raise ConnectionLost("what the API server says of a pod has no end")
+    async with aclosing(stream.chunks()) as chunks:
+        async for chunk in chunks:
+            partial += chunk
+            while (end := partial.find(b"\n")) >= 0:
+                line = bytes(partial[:end])
+                del partial[: end + 1]
+                yield _parsed(line)
+            if len(partial) > MAX_EVENT_LINE:
+                raise ConnectionLost("what the API server says of a pod has no end")

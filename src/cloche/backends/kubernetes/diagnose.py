@@ -44,10 +44,10 @@ _NO_CONTAINER = frozenset(
 _NEVER_RAN = frozenset({"StartError", "ContainerCannotRun"})
 _NO_ROOM = ("OutOf", "UnexpectedAdmissionError", "NodeAffinity", "Topology")
 """What a kubelet says of a pod that it has no room for after all; the beginnings of its words."""
-_FINAL = ("forbidden", "is invalid", "denied the request", "denied request", "not found")
+_FINAL = ("forbidden", "failed quota", "is invalid", "denied the request", "denied request", "not found")
 """Words in why a pod is not made that no waiting changes."""
 
-NO_POD_HINT = "Look at the events of the Job's namespace: kubectl get events."
+EVENTS_HINT = "Look at the events of the Job's namespace: kubectl get events."
 
 
 def pod_trouble(pod: Pod) -> Fate | None:
@@ -116,7 +116,8 @@ def as_error(fate: Fate) -> ClocheError:
         case FateKind.DENIED:
             return PermissionDenied(f"The cluster refuses the box's pod: {said}.", hint=_advice(said))
         case _:
-            return BackendUnavailable(f"The node cannot start the box: {said}.", hint=NO_POD_HINT)
+            again = said.startswith("CreateContainerError")  # a runtime that took too long; the kubelet would try again
+            return BackendUnavailable(f"The node cannot start the box: {said}.", hint=EVENTS_HINT, retryable=again)
 
 
 def refusal(exc: Refused, what: str) -> ClocheError:
@@ -155,7 +156,8 @@ def unreachable(exc: HttpFailure, what: str) -> BackendUnavailable:
 
 
 def _is_quota(message: str) -> bool:
-    return "exceeded quota" in message or "failed quota" in message
+    # A quota that is new has counted nothing for a moment.
+    return "exceeded quota" in message or "status unknown for quota" in message
 
 
 def _advice(message: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from cloche._kit.fields import field, texts
+from cloche.backends.kubernetes import names
 
 MAX_MESSAGE = 1000
 """Characters kept of a message of the cluster's."""
@@ -52,7 +53,10 @@ class Pod:
 
     name: str
     uid: str
-    run: str
+    job: str
+    """The name of its Job."""
+    owner: str
+    """The uid of what it belongs to."""
     version: str
     """Its resourceVersion."""
     phase: str = ""
@@ -73,18 +77,25 @@ class Pod:
     deleted: bool = False
     """Whether it is not there any more."""
 
+    def older_than(self, other: Pod) -> bool:
+        """Whether it is a state from before the other one's. Versions grow (kubernetes.io, "API Concepts": comparable from 1.35
+        on, and numbers for as long as there is etcd).
+        """
+        numbers = self.version.isdecimal() and other.version.isdecimal()
+        return numbers and int(self.version) < int(other.version)
+
     @property
     def over(self) -> bool:
         """Whether its container will write no more."""
         return self.deleted or self.container == "terminated" or self.phase in {"Succeeded", "Failed"}
 
 
-def parse_pod(body: object, label_run: str) -> Pod | None:
-    """None: it is not one of cloche's."""
+def parse_pod(body: object) -> Pod | None:
+    """None: it is not one of a Job's."""
     metadata, spec, status = (field(body, name, dict, {}) for name in ("metadata", "spec", "status"))
-    run = field(field(metadata, "labels", dict, {}), label_run, str, "")
+    job = field(field(metadata, "labels", dict, {}), names.LABEL_JOB, str, "")
     name = field(metadata, "name", str, "")
-    if not run or not name:
+    if not job or not name:
         return None
     conditions = {field(c, "type", str, ""): c for c in field(status, "conditions", list, [])}
     placing, disruption = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
@@ -92,7 +103,8 @@ def parse_pod(body: object, label_run: str) -> Pod | None:
     return Pod(
         name=name,
         uid=field(metadata, "uid", str, ""),
-        run=run,
+        job=job,
+        owner=_owner(metadata),
         version=field(metadata, "resourceVersion", str, ""),
         phase=field(status, "phase", str, ""),
         reason=field(status, "reason", str, ""),
@@ -113,10 +125,18 @@ def parse_pod(body: object, label_run: str) -> Pod | None:
     )
 
 
+def _owner(metadata: object) -> str:
+    for owner in field(metadata, "ownerReferences", list, []):
+        if field(owner, "controller", bool, otherwise=False):
+            return field(owner, "uid", str, "")
+    return ""
+
+
 def _container(status: Mapping[str, object]) -> tuple[ContainerPhase, str, str, int]:
-    """Phase, reason, message and exit code of the pod's one container."""
+    """Phase, reason, message and exit code of the box. Where the cluster lets them, others put containers beside it."""
     statuses = field(status, "containerStatuses", list, [])
-    state = field(statuses[0] if statuses else {}, "state", dict, {})
+    ours: object = next((one for one in statuses if field(one, "name", str, "") == names.CONTAINER), {})
+    state = field(ours, "state", dict, {})
     phases: tuple[ContainerPhase, ...] = ("terminated", "running", "waiting")
     for phase in phases:
         said = field(state, phase, dict, None)

@@ -70,7 +70,7 @@ class Made:
     """
 
     name: str
-    uid: int
+    run_as: int
     """The script's user and group."""
     expires_at: float
     deadline_s: float
@@ -139,6 +139,8 @@ def _pod(profile: Profile, ground: Ground, made: Made) -> dict[str, Any]:
     number = chunks(profile.delivery_bytes)
     spec: dict[str, Any] = {
         "restartPolicy": "Never",
+        # The Job's deadline too: of a pod that has lost its Job there would be none.
+        "activeDeadlineSeconds": max(1, math.ceil(made.deadline_s)),
         "serviceAccountName": ground.service_account,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -147,8 +149,8 @@ def _pod(profile: Profile, ground: Ground, made: Made) -> dict[str, Any]:
         "nodeSelector": {**(ground.node_selector or {}), "kubernetes.io/arch": _ARCHITECTURES[ground.machine]},
         "securityContext": {
             "runAsNonRoot": True,
-            "runAsUser": made.uid,
-            "runAsGroup": made.uid,
+            "runAsUser": made.run_as,
+            "runAsGroup": made.run_as,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [_container(profile, ground, number)],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 LABEL_RUN = "cloche.dev/run"
 LABEL_OWNER = "cloche.dev/owner"
+LABEL_JOB = "batch.kubernetes.io/job-name"
+"""Kubernetes' own, on a Job's pods (since 1.27)."""
 LABEL_NETWORK = "cloche.dev/network"
 """``none`` or ``open``; network policies choose by it."""
 LABEL_SUPERVISOR = "cloche.dev/supervisor"

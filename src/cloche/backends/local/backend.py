@@ -91,12 +91,12 @@ class LocalBox:
         """SIGTERM to the supervisor."""
         self._process.signal_supervisor(signal.SIGTERM)
 
-    async def fate(self) -> Fate:
+    async def fate(self, *, ended: bool) -> Fate:
         """From the cgroup's own counter and bubblewrap's end."""
         # At once, since a scope takes its counter with it when its last process is gone; and when all is over.
         kills = await to_thread.run_sync(self._group.oom_kills)
         status = None
-        with anyio.move_on_after(client.GONE_TIMEOUT_S):
+        with anyio.move_on_after(client.GONE_TIMEOUT_S if ended else 0):
             status = await self._process.wait()
         if kills + await to_thread.run_sync(self._group.oom_kills) > 0:
             return Fate(FateKind.OOM_KILLED, "The box ran out of memory.")
@@ -227,7 +227,7 @@ class LocalBackend:
                     raise BackendUnavailable(f"The trial box gave no frames: {exc}.") from exc
                 if isinstance(last, End) and last.exit_code == 0:
                     return last.hardening
-                reason = last.message if isinstance(last, Fail) else (await box.fate()).message
+                reason = last.message if isinstance(last, Fail) else (await box.fate(ended=True)).message
         raise BackendUnavailable(reason)
 
     def _settle(self, bubblewrap: Bubblewrap, flavour: cgroup.Flavour, layout: Layout, seen: Hardening) -> _Ground:

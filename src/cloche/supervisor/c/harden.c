@@ -77,8 +77,9 @@ static unsigned landlock(const struct options *o)
 	struct {
 		uint64_t fs, net, scoped;
 	} rules = {0};
-	const char *writable[] = {o->output, WRITABLE_TMP, WRITABLE_SHM, "/dev/null", "/dev/full", "/dev/tty", "/dev/pts", "/dev/ptmx",
-				  "/proc",
+	/* Not /dev/ptmx: the machine has one number of pseudo-terminals for all. Not /proc: there a process could make itself less
+	 * likely to be killed for want of memory than its supervisor (oom_score_adj). */
+	const char *writable[] = {o->output, WRITABLE_TMP, WRITABLE_SHM, "/dev/null", "/dev/full", "/dev/tty",
 				  /* A shared map of it is memory that the watch does not see; see seccomp.c. */
 				  o->memory_watch > 0 ? "/dev/null" : "/dev/zero"};
 	long abi = syscall(SYS_landlock_create_ruleset, NULL, 0, LANDLOCK_CREATE_RULESET_VERSION);

@@ -26,6 +26,7 @@
 #define X32_BIT 0x40000000u
 #define DENY (SECCOMP_RET_ERRNO | EPERM)
 #define ABSENT (SECCOMP_RET_ERRNO | ENOSYS)
+#define UNSUPPORTED (SECCOMP_RET_ERRNO | EOPNOTSUPP)
 #define NEWEST 470u /* first number this list knows nothing of (Linux 6.18); what comes later does not exist for scripts */
 #define NAMESPACES 0x7e020000u /* CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET} */
 #define NEWTIME 0x80u          /* an unshare flag; in clone these bits are the exit signal */
@@ -50,6 +51,8 @@ enum {
 	SYS_QUOTACTL_FD = 443,
 	SYS_MEMFD_SECRET = 447,
 	SYS_PROCESS_MRELEASE = 448,
+	SYS_SETXATTRAT = 463,
+	SYS_REMOVEXATTRAT = 466,
 	SYS_OPEN_TREE_ATTR = 467,
 };
 
@@ -188,6 +191,20 @@ static const uint16_t frequent[] = {
 #endif
 };
 
+/* Extended attributes: writes beside a file's contents, for which Landlock has no rule, and which no bound of sizes counts. A
+ * pod's /dev/termination-log, which all may write to, is a file on the node's disk. Programs that copy files take this answer
+ * for that of a file system without attributes, and go on. */
+static const uint16_t attributes[] = {
+	SYS_setxattr,	 SYS_lsetxattr,	   SYS_fsetxattr,     SYS_SETXATTRAT,
+	SYS_removexattr, SYS_lremovexattr, SYS_fremovexattr, SYS_REMOVEXATTRAT,
+};
+
+static void answer(uint32_t nr, uint32_t what)
+{
+	put(BPF_JMP | BPF_JEQ | BPF_K, nr, 0, 1);
+	put(BPF_RET | BPF_K, what, 0, 0);
+}
+
 static void allow(uint32_t nr)
 {
 	put(BPF_JMP | BPF_JEQ | BPF_K, nr, 0, 1);
@@ -308,6 +325,9 @@ bool seccomp_apply(const struct seccomp_rules *r)
 	if (!r->no_hidden_memory)
 		allow(SYS_mmap);
 	argument_rules(r);
+	for (size_t i = 0; i < sizeof attributes / sizeof *attributes; i++)
+		answer(attributes[i], UNSUPPORTED);
+	answer(SYS_io_setup, ABSENT); /* the kernel has one number of its events for the whole machine (fs.aio-max-nr) */
 	for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
 		refuse(refused[i]);
 	put(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
