@@ -36,11 +36,15 @@ RUNNER = "cloche-sandbox-runner"
 APPLICATION = "cloche"
 """The application's service account, and the namespace of the same name that it is in."""
 POLICY = "cloche-sandbox"
+DELETION_POLICY = "cloche-sandbox-deletion"
 KUBECONFIG = "CLOCHE_TEST_KUBECONFIG"
 KUBECTL = "CLOCHE_TEST_KUBECTL"
 IMAGES = ("cloche-test/sandbox:1", "cloche-test/tiny:1")
 MARK = "cloche-test/deployment:"
-"""An image that is on the list for its name only: the policy's refusals show by it which policy is in force."""
+"""An image that is on the list for its name only: the policy's refusals show by it which policy is in force. What the other
+policy says of a ConfigMap named ``MARKED``.
+"""
+MARKED = "cloche-test-mark"
 IN_FORCE_S = 60.0
 TOKEN_S = 12 * 3600
 
@@ -143,10 +147,11 @@ class Run(NamedTuple):
 def run(name: str = "attempt", *, image: str = IMAGES[0], network: Network = Network.NONE, **ground: Any) -> Run:
     """A run with cloche's defaults. ``ground``: what settings change of its surroundings."""
     expires_at = time.time() + 600
+    run_as = 1_234_567_890 if ground.get("host_users", True) else 12_345
     return Run(
         Profile(f"run-{name}", "nobody", expires_at, Limits(), network=network, image=image),
         replace(manifest.Ground(NAMESPACE, f"supervisor-{name}", platform.machine(), RUNNER), **ground),
-        manifest.Made(name, 1_234_567_890, expires_at, deadline_s=600),
+        manifest.Made(name, run_as, expires_at, deadline_s=600),
     )
 
 
@@ -177,7 +182,7 @@ def deploy(kubeconfig: Path, folder: Path | None = None, images: Sequence[str] =
     asked = [kubectl, "--kubeconfig", str(kubeconfig), "--request-timeout", "30s"]
     mark = MARK + _digest(images)
     with tempfile.TemporaryDirectory() as overlay:
-        _write_overlay(Path(overlay), [*images, mark])
+        _write_overlay(Path(overlay), images, mark)
         _call(*asked, "apply", "--server-side", "--force-conflicts", "--kustomize", overlay)
     token = _call(*asked, "create", "token", APPLICATION, "--namespace", APPLICATION, "--duration", f"{TOKEN_S}s")
     if folder is None:
@@ -194,15 +199,21 @@ def _digest(images: Sequence[str]) -> str:
     return hashlib.sha256(b"\0".join([*texts, "\0".join(images).encode()])).hexdigest()[:12]
 
 
-def _write_overlay(folder: Path, images: Sequence[str]) -> None:
+def _write_overlay(folder: Path, images: Sequence[str], mark: str) -> None:
     """A kustomization as users write it; the comment in kustomization.yaml shows one."""
-    listed = ", ".join(f"'{image}'" for image in images)
-    patch = [{"op": "replace", "path": "/spec/variables/0/expression", "value": f"[{listed}]"}]
-    target = {"kind": "ValidatingAdmissionPolicy", "name": POLICY}
+    listed = ", ".join(f"'{image}'" for image in [*images, mark])
+    refusal = {"expression": f"variables.isRemoved || variables.name != '{MARKED}'", "message": mark}
+    patches = {
+        POLICY: {"op": "replace", "path": "/spec/variables/0/expression", "value": f"[{listed}]"},
+        DELETION_POLICY: {"op": "add", "path": "/spec/validations/-", "value": refusal},
+    }
     kustomization = {
         # kustomize takes no absolute path.
         "resources": [os.path.relpath(MANIFESTS.resolve(), folder.resolve())],
-        "patches": [{"target": target, "patch": yaml.safe_dump(patch)}],
+        "patches": [
+            {"target": {"kind": "ValidatingAdmissionPolicy", "name": name}, "patch": yaml.safe_dump([patch])}
+            for name, patch in patches.items()
+        ],
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
 
@@ -226,21 +237,23 @@ def _write_kubeconfig(folder: Path, api: Api, token: str) -> Path:
 
 
 def _wait(kubeconfig: Path, mark: str, image: str) -> None:
-    """Until a Job is refused by this very policy, and one of cloche's is admitted.
+    """Until a Job is refused by this very policy and a ConfigMap by the other one, and a Job of cloche's is admitted.
 
     The API server learns of a policy some time after it has been applied, and refuses everything that a quota counts until the
     quota's controller has counted once.
     """
     path = f"{jobs()}?dryRun=All"
+    marked = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": MARKED}}
     end = time.monotonic() + IN_FORCE_S
     with Api(kubeconfig) as api:
         while True:
             refused = api.ask("POST", path, run(image="cloche-test/refused:1").job)
+            also = api.ask("POST", f"{core('configmaps')}?dryRun=All", marked)
             admitted = api.ask("POST", path, run(image=image).job)
-            if mark in refused.message and admitted.status == 201:
+            if mark in refused.message and mark in also.message and admitted.status == 201:
                 return
             if time.monotonic() > end:
-                raise RuntimeError(f"not in force after {IN_FORCE_S:.0f} s: {refused.body} {admitted.body}")
+                raise RuntimeError(f"not in force after {IN_FORCE_S:.0f} s: {refused.body} {also.body} {admitted.body}")
             time.sleep(0.05)
 
 

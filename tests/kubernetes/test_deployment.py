@@ -1,4 +1,4 @@
-"""deploy/kubernetes on a real cluster: what cloche's credentials cannot do there, and which Jobs the policy refuses to all."""
+"""deploy/kubernetes on a real cluster: what cloche's credentials cannot do there, and what the policies refuse to all."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import yaml
 from tests.kubernetes import deployment
 from tests.kubernetes.deployment import (
     APPLICATION,
+    DELETION_POLICY,
     IMAGES,
     NAMESPACE,
     POLICY,
@@ -224,6 +225,8 @@ FORBIDDEN = {
     "remove the policy": ("DELETE", f"{REGISTRATION}/validatingadmissionpolicies/{POLICY}"),
     "change the policy": ("PATCH", f"{REGISTRATION}/validatingadmissionpolicies/{POLICY}"),
     "remove its binding": ("DELETE", f"{REGISTRATION}/validatingadmissionpolicybindings/{POLICY}"),
+    "remove the other policy": ("DELETE", f"{REGISTRATION}/validatingadmissionpolicies/{DELETION_POLICY}"),
+    "change the other binding": ("PATCH", f"{REGISTRATION}/validatingadmissionpolicybindings/{DELETION_POLICY}"),
     "ask for a certificate": ("POST", "/apis/certificates.k8s.io/v1/certificatesigningrequests"),
 }
 
@@ -324,6 +327,14 @@ def _mount(path: str, **more: Any) -> dict[str, Any]:
     return {"box.volumeMounts.+": {"name": "tmp", "mountPath": path, **more}}
 
 
+def _inner(user: int, group: int) -> dict[str, Any]:
+    return {
+        "pod.spec.hostUsers": False,
+        "pod.spec.securityContext.runAsUser": user,
+        "pod.spec.securityContext.runAsGroup": group,
+    }
+
+
 ONE_RUN = "is one run of one pod"
 ENDS = "ends and goes by itself"
 LABELS = "lacks cloche's labels"
@@ -334,6 +345,12 @@ DISK = "lies on the node's disk, or has no bound"
 MOUNT = "is mounted in a way that cloche does not"
 IMAGE = "is not on the list of the policy ("
 ROOT = "may run as root"
+RANGE = "runs as somebody outside the range of the policy"
+ALONE = "would not end without its Job"
+SCHEDULER = "asks for another scheduler"
+FINALIZER = "has a finalizer"
+TRACKING = ["batch.kubernetes.io/job-tracking"]
+PLACES = "has the runtime make folders or files where it says"
 POD_SETS = "The pod sets "
 BOX_SETS = "The container sets "
 POD_SECURITY = "The securityContext of the pod sets "
@@ -380,8 +397,12 @@ REFUSED = {
     "any network": Case(LABELS, {"pod.metadata.labels.cloche\\.dev/network": "all"}),
     "other labels on the Job": Case(LABELS, {"metadata.labels": {"team": "search"}}, job_only=True),
     "another owner on the Job": Case(LABELS, {"metadata.labels.cloche\\.dev/owner": "somebody"}, job_only=True),
-    "a finalizer": Case("has a finalizer", {"metadata.finalizers": ["example.com/keep"]}, job_only=True),
-    "a finalizer of the pod": Case("has a finalizer", {"pod.metadata.finalizers": ["example.com/keep"]}),
+    "a finalizer": Case(FINALIZER, {"metadata.finalizers": ["example.com/keep"]}, job_only=True),
+    "a finalizer of Kubernetes'": Case(FINALIZER, {"metadata.finalizers": ["foregroundDeletion"]}, job_only=True),
+    "the pod's finalizer on the Job": Case(FINALIZER, {"metadata.finalizers": TRACKING}, job_only=True),
+    "the pod's finalizer from the Job": Case(FINALIZER, {"pod.metadata.finalizers": TRACKING}, job_only=True),
+    "a finalizer of the pod": Case(FINALIZER, {"pod.metadata.finalizers": ["example.com/keep"]}),
+    "a finalizer beside the pod's": Case(FINALIZER, {"pod.metadata.finalizers": [*TRACKING, "example.com/keep"]}),
     "another network": Case(ANNOTATION, {"pod.metadata.annotations.k8s\\.v1\\.cni\\.cncf\\.io/networks": "other"}),
     "another hypervisor": Case(ANNOTATION, {"pod.metadata.annotations.io\\.katacontainers\\.config\\.x": "/bin/sh"}),
     "an annotation much like another": Case(ANNOTATION, {"pod.metadata.annotations.cloche\\.dev\\.example/x": "y"}),
@@ -416,6 +437,9 @@ REFUSED = {
     "addresses of Services": Case("would be told of the namespace's Services", {"pod.spec.enableServiceLinks": None}),
     "begins again": Case("would live on", {"pod.spec.restartPolicy": "OnFailure"}),
     "ends late": Case("would live on", {"pod.spec.terminationGracePeriodSeconds": 3600}),
+    "no deadline of the pod's": Case(ALONE, {"pod.spec.activeDeadlineSeconds": None}),
+    "a late deadline of the pod's": Case(ALONE, {"pod.spec.activeDeadlineSeconds": 172_801}),
+    "another scheduler": Case(SCHEDULER, {"pod.spec.schedulerName": "another"}),
     "before all others": Case(
         "asks for a priority class of the cluster's own", {"pod.spec.priorityClassName": "system-node-critical"}
     ),
@@ -427,6 +451,17 @@ REFUSED = {
     "the image's user": Case(ROOT, {"pod.spec.securityContext.runAsUser": None}),
     "root's group": Case(ROOT, {"pod.spec.securityContext.runAsGroup": 0}),
     "the image's group": Case(ROOT, {"pod.spec.securityContext.runAsGroup": None}),
+    "a user of the node's": Case(RANGE, {"pod.spec.securityContext.runAsUser": 999_999_999}),
+    "a group of the node's": Case(RANGE, {"pod.spec.securityContext.runAsGroup": 999_999_999}),
+    "a user above the range": Case(RANGE, {"pod.spec.securityContext.runAsUser": 2_000_000_000}),
+    "a group above the range": Case(RANGE, {"pod.spec.securityContext.runAsGroup": 2_000_000_000}),
+    "a user that an own namespace has not": Case(
+        f"{RANGE}: its runAsUser and runAsGroup have to be within 1000 to 65535", _inner(65_536, 12_345)
+    ),
+    "a group that an own namespace has not": Case(RANGE, _inner(12_345, 65_536)),
+    "a user of the image's in an own namespace": Case(RANGE, _inner(999, 12_345)),
+    "a group of the image's in an own namespace": Case(RANGE, _inner(12_345, 999)),
+    "a user that needs an own namespace": Case(RANGE, {**_inner(12_345, 12_345), "pod.spec.hostUsers": True}),
     "no seccomp": Case("filter of system calls", {"pod.spec.securityContext.seccompProfile": None}),
     "seccomp off": Case("filter of system calls", {"pod.spec.securityContext.seccompProfile.type": "Unconfined"}),
     "a seccomp of the node's": Case(
@@ -528,6 +563,10 @@ REFUSED = {
     "begins again by itself": Case(f"{BOX_SETS}restartPolicy", {"box.restartPolicy": "Never"}),
     "another program": Case("does not begin with cloche's supervisor", {"box.command": ["sh", "run"]}),
     "the image's program": Case("does not begin with cloche's supervisor", {"box.command": None}),
+    "the image's folder": Case(PLACES, {"box.workingDir": None}),
+    "a folder that the runtime makes": Case(PLACES, {"box.workingDir": "/workspace/made"}),
+    "a file that the node makes": Case(PLACES, {"box.terminationMessagePath": "/etc/passwd"}),
+    "a file that is filled from its log": Case(PLACES, {"box.terminationMessagePolicy": "FallbackToLogsOnError"}),
     # The LimitRange would give them to the pod.
     "no limits": Case(BOUND, {"box.resources.limits": None}, job_only=True),
     "no limit for memory": Case(BOUND, {"box.resources.limits.memory": None}, job_only=True),
@@ -556,7 +595,7 @@ REFUSED = {
         f"{BOX_SECURITY}seLinuxOptions", {"box.securityContext.seLinuxOptions": {"type": "spc_t"}}
     ),
     "all of /proc": Case(
-        f"{BOX_SECURITY}procMount", {"box.securityContext.procMount": "Unmasked", "pod.spec.hostUsers": False}
+        f"{BOX_SECURITY}procMount", {"box.securityContext.procMount": "Unmasked", **_inner(12_345, 12_345)}
     ),
 }
 
@@ -597,11 +636,11 @@ def _pod_of(job: Mapping[str, Any]) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
 
 
-def _assert_policy_says(answer: Answer, words: str) -> None:
+def _assert_policy_says(answer: Answer, words: str, policy: str = POLICY) -> None:
     assert answer.status == 422, answer.body
     if "privileged: Forbidden: disallowed by cluster policy" in answer.message:
         pytest.skip("the API server itself admits no privileged container (--allow-privileged)")
-    assert f"ValidatingAdmissionPolicy '{POLICY}'" in answer.message
+    assert f"ValidatingAdmissionPolicy '{policy}'" in answer.message
     assert words in answer.message
 
 
@@ -625,8 +664,10 @@ def test_refused_as_a_pod(admin: Api, case: Case) -> None:
 
 
 def test_a_pod_alone(admin: Api) -> None:
-    """A pod of cloche's shape is admitted as a Job's, and refused by itself."""
+    """A pod of cloche's shape is admitted as a Job's, with the finalizer of the Job's controller, and refused by itself."""
     body = _pod_of(run().job)
+    assert admin.ask("POST", core("pods") + DRY, body).status == 201
+    body["metadata"]["finalizers"] = TRACKING
     assert admin.ask("POST", core("pods") + DRY, body).status == 201
     del body["metadata"]["ownerReferences"]
     _assert_policy_says(admin.ask("POST", core("pods") + DRY, body), "is made by its Job")
@@ -669,12 +710,7 @@ def test_queued(app: Api, admin: Api) -> None:
     """A Job that a queue holds back is admitted, runs when the queue lets it go, on the nodes that the queue chooses, and not
     with what the policy forbids.
     """
-    made = _named("echo ran", namespace=NAMESPACE)
-    job = copy.deepcopy(made[0].job)
-    job["spec"]["suspend"] = True
-    body = {**job, "metadata": {**job["metadata"], "name": f"{job['metadata']['name']}-queued"}}
-    path = f"{jobs()}/{body['metadata']['name']}"
-    assert app.ask("POST", jobs(), body).status == 201
+    path = f"{jobs()}/{_hold(app)}"
     try:
         change = {"spec": {"suspend": False, "template": {"spec": {"nodeSelector": {"kubernetes.io/os": "linux"}}}}}
         assert admin.ask("PATCH", f"{path}{DRY}", change).status == 200
@@ -682,6 +718,14 @@ def test_queued(app: Api, admin: Api) -> None:
         _assert_policy_says(admin.ask("PATCH", f"{path}{DRY}", change), "annotation")
     finally:
         app.ask("DELETE", f"{path}?propagationPolicy=Background")
+
+
+def _hold(api: Api, namespace: str = NAMESPACE) -> str:
+    """Make a Job that a queue holds back: it has no pod."""
+    wanted, _ = _named("", namespace=namespace)
+    answer = api.ask("POST", jobs(namespace), _changed(Case("", {"spec.suspend": True}), wanted.job))
+    assert answer.status == 201, answer.body
+    return wanted.made.name
 
 
 def test_controllers_can_finish(admin: Api, pod: dict[str, Any]) -> None:
@@ -693,7 +737,233 @@ def test_controllers_can_finish(admin: Api, pod: dict[str, Any]) -> None:
     assert admin.ask("PATCH", f"{jobs()}/{name}{DRY}", change).status == 200
 
 
-# --- that it is the policy, and all of it -----------------------------------------------------------------------------
+# --- what may be removed, and how -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held(app: Api) -> Iterator[str]:
+    """The path of a Job that has no pod."""
+    path = f"{jobs()}/{_hold(app)}"
+    yield path
+    assert app.ask("DELETE", f"{path}?propagationPolicy=Background").status == 200
+
+
+def _options(**more: object) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "DeleteOptions", **more}
+
+
+LEAVING: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "no option": ("", None),
+    "no option in the body": ("", _options()),
+    "Orphan": ("?propagationPolicy=Orphan", None),
+    "Orphan in the body": ("", _options(propagationPolicy="Orphan")),
+    "Orphan in the body, which is what counts": ("?propagationPolicy=Background", _options(propagationPolicy="Orphan")),
+    "the old option": ("?orphanDependents=true", None),
+    "the old option in the body": ("", _options(orphanDependents=True)),
+}
+LEFT_BEHIND = "takes its pod and its ConfigMaps with it"
+
+
+@pytest.mark.parametrize(("query", "body"), LEAVING.values(), ids=LEAVING)
+def test_no_pod_is_left_behind(app: Api, admin: Api, held: str, query: str, body: dict[str, Any] | None) -> None:
+    """A deletion that would leave a Job's pod behind is refused, also to an administrator, and says how to do it."""
+    for api in (app, admin):
+        answer = api.ask("DELETE", held + query, body)
+        _assert_policy_says(answer, LEFT_BEHIND, DELETION_POLICY)
+        assert "propagationPolicy Background or Foreground" in answer.message
+    assert app.ask("GET", held).body["metadata"].get("deletionTimestamp") is None
+
+
+@pytest.mark.parametrize("how", ["Background", "Foreground"])
+def test_all_of_a_job_goes(app: Api, how: str) -> None:
+    """The credentials delete a Job as cloche does, and the cluster removes its pod and its ConfigMaps."""
+    made = _named("sleep 60")
+    _start(app, made)
+    try:
+        _wait(app, made, "Running")
+        assert [len(things) for things in _parts(app, made)] == [1, 1, 1]
+        path = f"{jobs()}/{made[0].made.name}"
+        assert app.ask("DELETE", path, _options(propagationPolicy=how)).status == 200
+        _wait_gone(app, made)
+    finally:
+        app.ask("DELETE", f"{core('configmaps')}/{made[0].ground.supervisor}")
+
+
+def test_an_ended_job_goes_by_itself(app: Api) -> None:
+    """The cluster removes a Job whose time is over after its end, with all that belongs to it."""
+    made = _named("exit 0")
+    _start(app, made, _changed(Case("", {"spec.ttlSecondsAfterFinished": 0}), made[0].job))
+    try:
+        _wait_gone(app, made)
+    finally:
+        app.ask("DELETE", f"{core('configmaps')}/{made[0].ground.supervisor}")
+
+
+def _parts(api: Api, made: tuple[Run, str]) -> list[list[dict[str, Any]]]:
+    """The run's Jobs, pods and ConfigMaps."""
+    query = f"?labelSelector=cloche.dev/run={made[0].profile.run_id}"
+    return [api.ask("GET", path + query).body["items"] for path in (jobs(), core("pods"), core("configmaps"))]
+
+
+def _wait_gone(api: Api, made: tuple[Run, str]) -> None:
+    end = time.monotonic() + STARTED_S
+    while any(found := _parts(api, made)):
+        assert time.monotonic() < end, found
+        time.sleep(0.1)
+
+
+CONTROLLERS = {
+    "system:serviceaccount:kube-system:generic-garbage-collector": True,
+    "system:serviceaccount:kube-system:ttl-after-finished-controller": True,
+    "system:serviceaccount:kube-system:namespace-controller": True,
+    "system:kube-controller-manager": True,
+    "system:serviceaccount:kube-systems:generic-garbage-collector": False,
+    "system:serviceaccount:default:system:serviceaccount:kube-system:any": False,
+    "system:kube-controller-managers": False,
+    "system:kube-scheduler": False,
+}
+
+
+@pytest.mark.parametrize(("user", "free"), CONTROLLERS.items())
+def test_only_controllers_are_free(admin: Api, held: str, user: str, free: bool) -> None:
+    """The cluster's own controllers may remove what they want and how, and nobody whose name is much like theirs."""
+    answer = _ask_as(admin, user, "DELETE", held + DRY, **{"Impersonate-Group": "system:masters"})
+    if free:
+        assert answer.status == 200, answer.body
+    else:
+        _assert_policy_says(answer, LEFT_BEHIND, DELETION_POLICY)
+
+
+def _ask_as(admin: Api, user: str, method: str, path: str, **headers: str) -> Answer:
+    return admin.ask(method, path, **{"Impersonate-User": user, **headers})
+
+
+def test_a_pod_left_behind_ends(app: Api, admin: Api) -> None:
+    """A pod that has lost its Job all the same, by a controller of the cluster's, ends at its own deadline."""
+    made = _named("sleep 60")
+    _start(app, made, _changed(Case("", {"pod.spec.activeDeadlineSeconds": 3}), made[0].job))
+    try:
+        _wait(app, made, "Running")
+        path = f"{jobs()}/{made[0].made.name}?propagationPolicy=Orphan"
+        masters = {"Impersonate-Group": "system:masters"}
+        assert _ask_as(admin, "system:kube-controller-manager", "DELETE", path, **masters).status == 200
+        found = _wait(app, made, "Failed")
+        assert "ownerReferences" not in found["metadata"]
+        assert found["status"]["reason"] == "DeadlineExceeded"
+    finally:
+        app.ask("DELETE", f"{jobs()}/{made[0].made.name}?propagationPolicy=Background")
+        for kind in ("pods", "configmaps"):
+            admin.ask("DELETE", f"{core(kind)}?labelSelector=cloche.dev/run={made[0].profile.run_id}")
+        app.ask("DELETE", f"{core('configmaps')}/{made[0].ground.supervisor}")
+
+
+SUPERVISOR_STAYS = "A supervisor is removed by those only who may change ConfigMaps"
+
+
+def test_a_supervisor_stays(app: Api, admin: Api) -> None:
+    """Who could not change a supervisor cannot delete it and put another into its place: neither the credentials, nor who may
+    delete all ConfigMaps at once.
+    """
+    key = secrets.token_hex(6)
+    name, other = (f"cloche-supervisor-{key}-{number}" for number in range(2))
+    user = f"cloche-test-{key}"
+    path, query = core("configmaps"), f"?labelSelector=cloche-test={key}"
+    rules = [
+        {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["delete", "deletecollection", "list"]},
+        {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["update"], "resourceNames": [other]},
+    ]
+    try:
+        for each in (name, other):
+            body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": each, "labels": {"cloche-test": key}}}
+            assert app.ask("POST", path, body).status == 201
+            _assert_policy_says(app.ask("DELETE", f"{path}/{each}"), SUPERVISOR_STAYS, DELETION_POLICY)
+        for document in _rights(user, rules):
+            _create(admin, document)
+        end = time.monotonic() + STARTED_S
+        while _ask_as(admin, user, "DELETE", f"{path}/{other}").status == 403:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert admin.ask("GET", f"{path}/{other}").status == 404
+        for where in (f"{path}/{name}", path + query):
+            _assert_policy_says(_ask_as(admin, user, "DELETE", where), SUPERVISOR_STAYS, DELETION_POLICY)
+        assert admin.ask("GET", f"{path}/{name}").status == 200
+        assert admin.ask("DELETE", path + query).status == 200
+        assert admin.ask("GET", f"{path}/{name}").status == 404
+    finally:
+        admin.ask("DELETE", path + query)
+        for kind in ("RoleBinding", "Role"):
+            admin.ask("DELETE", f"{PATHS[kind].format(NAMESPACE)}/{user}")
+
+
+def _rights(user: str, rules: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A Role of the sandbox's namespace, and its binding to somebody, both by the user's name."""
+    group = "rbac.authorization.k8s.io"
+    common = {"apiVersion": f"{group}/v1", "metadata": {"name": user, "namespace": NAMESPACE}}
+    yield {**common, "kind": "Role", "rules": rules}
+    yield {
+        **common,
+        "kind": "RoleBinding",
+        "roleRef": {"apiGroup": group, "kind": "Role", "name": user},
+        "subjects": [{"apiGroup": group, "kind": "User", "name": user}],
+    }
+
+
+KEPT: dict[str, tuple[dict[str, Any], bool]] = {
+    "cloche's by its label": ({"name": "attempt", "labels": {"app.kubernetes.io/managed-by": "cloche"}}, False),
+    "cloche's by its name": ({"name": "cloche-attempt"}, False),
+    "cloche's by a name to be": ({"generateName": "cloche-"}, False),
+    "another": ({"name": "attempt"}, True),
+}
+STUCK = "The ConfigMap has a finalizer"
+
+
+@pytest.mark.parametrize(("metadata", "anothers"), KEPT.values(), ids=KEPT)
+def test_no_config_map_is_kept(app: Api, admin: Api, metadata: dict[str, Any], anothers: bool) -> None:
+    """No ConfigMap of cloche's is made with a finalizer, and none at all by the credentials, which could not take it off."""
+    body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata}
+    path = core("configmaps") + DRY
+    assert app.ask("POST", path, body).status == 201
+    body["metadata"] = {**metadata, "finalizers": ["example.com/keep"]}
+    _assert_policy_says(app.ask("POST", path, body), STUCK, DELETION_POLICY)
+    answer = admin.ask("POST", path, body)
+    if anothers:
+        assert answer.status == 201, answer.body
+    else:
+        _assert_policy_says(answer, STUCK, DELETION_POLICY)
+
+
+def test_a_namespace_can_be_deleted(admin: Api) -> None:
+    """A namespace under both policies goes when it is deleted, with a Job and a supervisor that are in it."""
+    namespace = f"cloche-test-guarded-{secrets.token_hex(4)}"
+    bindings = f"{REGISTRATION}/validatingadmissionpolicybindings"
+    try:
+        for document in _unguarded(namespace):
+            _create(admin, document)
+        job = f"{jobs(namespace)}/{_hold(admin, namespace)}"
+        body = manifest.supervisor_map("cloche-supervisor-0", b"any")
+        assert admin.ask("POST", core("configmaps", namespace), body).status == 201
+        for policy in (POLICY, DELETION_POLICY):
+            binding = _policy(policy, "ValidatingAdmissionPolicyBinding")
+            binding["metadata"]["name"] = f"{policy}-{namespace}"
+            labels = binding["spec"]["matchResources"]["namespaceSelector"]["matchLabels"]
+            labels["kubernetes.io/metadata.name"] = namespace
+            assert admin.ask("POST", bindings, binding).status == 201
+        end = time.monotonic() + STARTED_S
+        while (answer := admin.ask("DELETE", job + DRY)).status == 200:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        _assert_policy_says(answer, LEFT_BEHIND, DELETION_POLICY)
+        assert admin.ask("DELETE", f"/api/v1/namespaces/{namespace}").status == 200
+        while admin.ask("GET", f"/api/v1/namespaces/{namespace}").status != 404:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    finally:
+        for policy in (POLICY, DELETION_POLICY):
+            admin.ask("DELETE", f"{bindings}/{policy}-{namespace}")
+        admin.ask("DELETE", f"/api/v1/namespaces/{namespace}")
+
+
+# --- that it is the policies, and all of them -------------------------------------------------------------------------
 
 
 def test_without_the_policy_a_secret_is_printed(app: Api, admin: Api) -> None:
@@ -753,17 +1023,21 @@ def _wait_for_role(app: Api, namespace: str) -> None:
         time.sleep(0.05)
 
 
-def _policy(name: str = "ValidatingAdmissionPolicy") -> dict[str, Any]:
-    documents = yaml.safe_load_all((deployment.MANIFESTS / "admission-policy.yaml").read_text())
-    found: dict[str, Any] = next(document for document in documents if document["kind"] == name)
+FILES = {POLICY: "admission-policy.yaml", DELETION_POLICY: "deletion-policy.yaml"}
+
+
+def _policy(name: str, kind: str = "ValidatingAdmissionPolicy") -> dict[str, Any]:
+    documents = yaml.safe_load_all((deployment.MANIFESTS / FILES[name]).read_text())
+    found: dict[str, Any] = next(document for document in documents if document["kind"] == kind)
     return found
 
 
 def test_every_validation_is_attempted() -> None:
-    """There is an attempt in this file for every validation of the policy, and it asks for that one's words."""
+    """There is an attempt in this file for every validation of the policies, and it asks for that one's words."""
     words = {case.says for case in REFUSED.values()} | {"is made by its Job", "is not changed once it is made"}
+    words |= {LEFT_BEHIND, SUPERVISOR_STAYS, STUCK}
     missing: list[str] = []
-    for validation in _policy()["spec"]["validations"]:
+    for validation in [each for name in FILES for each in _policy(name)["spec"]["validations"]]:
         said = f"{validation['message']} {validation.get('messageExpression', '')}".replace("\\'", "'")
         if not any(said.count(_literal(word)) for word in words):
             missing.append(validation["message"])
@@ -772,15 +1046,16 @@ def test_every_validation_is_attempted() -> None:
 
 def _literal(words: str) -> str:
     """Without the name of a field, which the policy adds."""
-    for start in (POD_SETS, BOX_SETS, POD_SECURITY, BOX_SECURITY, KIND, SOURCE, "The Job sets "):
+    for start in (POD_SETS, BOX_SETS, POD_SECURITY, BOX_SECURITY, KIND, SOURCE, RANGE, "The Job sets "):
         if words.startswith(start):
             return start
     return words
 
 
-def test_the_cluster_understands_the_policy(admin: Api) -> None:
+@pytest.mark.parametrize("policy", FILES)
+def test_the_cluster_understands_the_policy(admin: Api, policy: str) -> None:
     """The cluster finds no fault in any expression of the policy."""
-    path = f"{REGISTRATION}/validatingadmissionpolicies/{POLICY}"
+    path = f"{REGISTRATION}/validatingadmissionpolicies/{policy}"
     end = time.monotonic() + STARTED_S
     while True:  # a controller looks at it, by and by
         found = admin.ask("GET", path).body

@@ -33,7 +33,12 @@ class Claim:
 
     def expired(self, now: float) -> bool:
         """Whether its time is over."""
-        return self.expires.isdecimal() and len(self.expires) <= MAX_DIGITS and int(self.expires) < now
+        return (
+            self.expires.isascii()
+            and self.expires.isdecimal()
+            and len(self.expires) <= MAX_DIGITS
+            and int(self.expires) < now
+        )
 
 
 class Keeper:

@@ -81,6 +81,7 @@ class KubernetesBackend:
             try:
                 self._setup = await self._set_up()
             except ClocheError as exc:
+                await self._let_go()
                 return Posture(
                     "kubernetes", available=False, isolation=Isolation.NONE, reason=exc.message, hint=exc.hint
                 )
@@ -289,11 +290,14 @@ class KubernetesBackend:
         """Close the connections, and give up the owner's lock."""
         self._setup = None
         try:
-            if self._client is not None:
-                await self._client.aclose()
-                self._client = None
+            await self._let_go()
         finally:
             self._keeper.close()
+
+    async def _let_go(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
 
 
 @contextlib.contextmanager

@@ -447,14 +447,15 @@ class KubernetesClient:
 
     def _note_time(self, answer: Answer) -> None:
         self._offset_s = self._offset_s or 0.0
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             told = email.utils.parsedate_to_datetime(answer.headers.get("date", "")).timestamp()
             self._offset_s = told + 0.5 - time.time()  # it tells whole seconds
 
 
-def _same_data(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+def _same_data(found: object, wanted: Mapping[str, Any]) -> bool:
     """Whether a ConfigMap that is there holds what one was to hold."""
-    return all(found.get(key) == wanted.get(key) for key in ("binaryData", "immutable")) and not found.get("data")
+    same = field(found, "binaryData", dict, {}) == wanted["binaryData"]
+    return same and field(found, "immutable", bool, otherwise=False) and not field(found, "data", dict, {})
 
 
 def _uid(found: object) -> str:

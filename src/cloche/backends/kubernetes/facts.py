@@ -38,7 +38,7 @@ def parse_status(http_status: int, body: object) -> Status:
     after = field(details, "retryAfterSeconds", int, 0)
     return Status(
         field(body, "code", int, http_status),
-        field(body, "reason", str, ""),
+        shortened(field(body, "reason", str, "")),
         shortened(field(body, "message", str, "")),
         float(after) if after > 0 else None,
     )
