@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import Any
 
 import anyio
 from anyio import to_thread
-from benchmarks.contenders import Contender, by_cloche, by_subprocess, summary, take_turns
+from benchmarks.contenders import Contender, by_cloche, by_subprocess, median_phases, summary, take_turns
 from rich.console import Console
 from rich.table import Table
 
@@ -189,10 +188,7 @@ async def compare(settings: cloche.Settings, host: str, rounds: int) -> dict[str
         "engine": posture.engine,
         "isolation": posture.isolation,
         "contenders": rows,
-        "phases_p50_ms": {
-            phase: round(statistics.median(p[phase] for p in phases), 2)
-            for phase in ("queued", "prepare", "start", "run", "collect")
-        },
+        "phases_p50_ms": median_phases(phases),
         "steps_p50_ms": await steps(settings, posture.isolation is cloche.Isolation.KERNEL, max(10, rounds // 3)),
     }
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import anyio
 import psutil
-from benchmarks.contenders import by_cloche, by_subprocess, take_turns
+from benchmarks.contenders import by_cloche, by_subprocess, median_phases, take_turns
 from rich.console import Console
 from rich.table import Table
 
@@ -74,10 +74,7 @@ async def compare(rounds: int, sandbox: cloche.Sandbox, folder: Path) -> dict[st
             "contenders": rows,
             "over_bubblewrap_ms": round(rows["cloche, result"]["p50_ms"] - floor, 2),
             "ratio_to_bubblewrap": round(rows["cloche, result"]["p50_ms"] / floor, 2),
-            "phases_p50_ms": {
-                phase: round(statistics.median(p[phase] for p in phases), 2)
-                for phase in ("queued", "prepare", "start", "run", "collect")
-            },
+            "phases_p50_ms": median_phases(phases),
         }
     return found
 

@@ -390,7 +390,7 @@ class Settings(BaseModel):
     )
     pull: Literal["missing", "always", "never"] = _setting(
         "missing",
-        "When an engine that keeps images itself (Docker) pulls one: if it is missing, once per sandbox, or never.",
+        "When an engine pulls the image: if it is missing, always (Docker once per sandbox, Kubernetes for each pod), or never.",
         allowed="missing, always or never",
         why="the first run works without a word, the others do not wait",
     )
@@ -449,14 +449,14 @@ class Settings(BaseModel):
     )
     kube_labels: Labels = _setting(
         {},
-        "More labels for Jobs and pods, as `name=value,…` or JSON. A queue such as Kueue finds its name here.",
+        "More labels for Jobs, pods and ConfigMaps, as `name=value,…` or JSON. A queue such as Kueue finds its name here.",
         allowed="a list such as team=search,env=prod, or a JSON object, of labels that Kubernetes takes",
         unset="none",
         why="cloche's own labels are enough for cloche",
     )
     kube_annotations: Annotations = _setting(
         {},
-        "More annotations for Jobs and pods, as `name=value,…` or JSON.",
+        "More annotations for Jobs, pods and ConfigMaps, as `name=value,…` or JSON.",
         allowed="a list such as team=search, or a JSON object, of annotations that Kubernetes takes",
         unset="none",
         why="cloche needs none",

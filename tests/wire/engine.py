@@ -108,7 +108,8 @@ class Peer:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self._writer = writer
-        writer.transport.set_write_buffer_limits(0)  # what was sent has left
+        # What was sent has left. (Over TLS asyncio stops whoever has as much as the bound, not more, and 0 is for ever.)
+        writer.transport.set_write_buffer_limits(high=1, low=0)
 
     async def send(self, data: bytes) -> None:
         self._writer.write(data)

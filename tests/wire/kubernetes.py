@@ -10,10 +10,11 @@ from __future__ import annotations
 import base64
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import anyio
 from anyio.abc import TaskGroup
@@ -60,7 +61,14 @@ def chunk(data: bytes) -> bytes:
 
 def status(code: int, reason: str = "", message: str = "", **more: Any) -> Reply:
     """The API server's no."""
-    body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "reason": reason, "code": code}
+    body = {
+        "kind": "Status",
+        "apiVersion": "v1",
+        "status": "Failure",
+        "message": message,
+        "reason": reason,
+        "code": code,
+    }
     return Reply(code, {**body, **more})
 
 
@@ -85,7 +93,12 @@ class Pod:
         """How often its log was asked for, and was there."""
         self.readers = 0
         self.terminating = anyio.Event()
-        template = job["spec"]["template"]
+        self.ends_itself = True
+        """Whether its container ends soon after its last frame."""
+        template = json.loads(json.dumps(job["spec"]["template"]))
+        template["metadata"].setdefault("labels", {})["batch.kubernetes.io/job-name"] = self.job
+        owner = {"apiVersion": "batch/v1", "kind": "Job", "name": self.job, "controller": True}
+        template["metadata"]["ownerReferences"] = [{**owner, "uid": job["metadata"]["uid"]}]
         self.body: dict[str, Any] = {
             "metadata": {"name": name, "namespace": NAMESPACE, "uid": secrets.token_hex(8), **template["metadata"]},
             "spec": {"containers": template["spec"]["containers"]},
@@ -99,7 +112,7 @@ class Pod:
     @property
     def begun(self) -> bool:
         """Whether its container has a log."""
-        state = self.body["status"].get("containerStatuses", [{}])[0].get("state", {})
+        state = (self.body["status"].get("containerStatuses") or [{}])[0].get("state", {})
         return bool(state.keys() & {"running", "terminated"})
 
     def tell(self, **status: Any) -> None:
@@ -143,7 +156,7 @@ class Pod:
 
 
 Play: TypeAlias = Callable[[Pod], AsyncIterator[bytes]]
-Live: TypeAlias = Callable[[Pod], None]
+Live: TypeAlias = Callable[[Pod], object]
 
 
 def says(*steps: bytes | float) -> Play:
@@ -215,7 +228,7 @@ class Kubernetes:
         known = {"clusters": [{"name": "c", "cluster": {"server": self.base}}], "users": [{"name": "u", "user": {}}]}
         context = {"name": "c", "context": {"cluster": "c", "user": "u"}}
         self._kubeconfig.write_text(json.dumps({"current-context": "c", "contexts": [context], **known}))
-        for route, words in {
+        table: dict[str, Word] = {
             "GET /version": Reply(body={"gitVersion": "v1.37.2"}),
             RULES: self._rules,
             REVIEW: self._review,
@@ -231,8 +244,9 @@ class Kubernetes:
             f"GET {CORE}/pods": self.pods_of,
             f"GET {CORE}/events": self._list_events,
             LOG: self.log,
-        }.items():
-            engine.on(route, words)
+        }
+        for route, word in table.items():
+            engine.on(route, word)
 
     def settings(self, **more: Any) -> cloche.Settings:
         """Settings that lead to this cluster and to no other."""
@@ -255,7 +269,9 @@ class Kubernetes:
             said = str(request) + ("?watch" if request.query.get("watch") == "true" else "")
             for name, word in [(job["metadata"]["name"], "JOB") for job in self.made]:
                 said = said.replace(f"{name}-p", "POD").replace(name, word)
-            found.append(said.replace(CORE, "").replace(BATCH, "").replace(RULES, "POST /rules").replace(REVIEW, "POST /review"))
+            found.append(
+                said.replace(CORE, "").replace(BATCH, "").replace(RULES, "POST /rules").replace(REVIEW, "POST /review")
+            )
         return found
 
     def note(self, kind: str, body: dict[str, Any]) -> None:
@@ -285,7 +301,7 @@ class Kubernetes:
         assert request.json()["spec"] == {"namespace": NAMESPACE}
         found = []
         for what, verbs in RIGHTS.items():
-            group, _, resource = what.partition(" ")
+            group, __, resource = what.partition(" ")
             held = sorted(verb for verb in verbs if f"{verb} {resource}" not in self.denied)
             found.append({"verbs": held, "apiGroups": [group], "resources": [resource]})
         rules = found if self.tells_all else found[:1]
@@ -376,7 +392,7 @@ class Kubernetes:
         return self._list(request, list(self.config_maps.values()))
 
     async def _list_events(self, request: Request, _: Peer) -> Reply:
-        name, _, uid = request.query["fieldSelector"].partition("=")
+        name, __, uid = request.query["fieldSelector"].partition("=")
         known = {job["metadata"]["uid"] for job in self.jobs.values()}
         found = self.events if name == "involvedObject.uid" and uid in known else []
         return Reply(body={"items": [{"reason": reason, "message": message} for reason, message in found]})
@@ -398,9 +414,10 @@ class Kubernetes:
         words = self.on_watch if watch else self.on_list
         if watch:
             self.watched.append(request.query["resourceVersion"])
-        if words and not isinstance(word := words.pop(0), type(DEFAULT)):
-            return word if isinstance(word, Reply | Raw) else await word(request, peer)
-        return await self._watch(request, peer) if watch else self.list_pods(request)
+        word = words.pop(0) if words else DEFAULT
+        if word is DEFAULT:
+            return await self._watch(request, peer) if watch else self.list_pods(request)
+        return word if isinstance(word, Reply | Raw) else await cast("Handler", word)(request, peer)
 
     def list_pods(self, request: Request) -> Reply:
         """The pods as they are now."""
@@ -408,14 +425,14 @@ class Kubernetes:
 
     async def _watch(self, request: Request, peer: Peer) -> Raw | Reply:
         assert request.query["allowWatchBookmarks"] == "true"
-        version = int(request.query["resourceVersion"])
+        version = int(request.query["resourceVersion"] or self._version)
         if version < self.forgotten:
             return EXPIRED
         async with attended(peer) as scope:
             self.watching.add(scope)
             try:
                 await peer.send(STREAM)
-                while True:
+                while not scope.cancel_called:
                     news = self._news
                     for at, kind, body in self._history:
                         if at > version and not self.deaf:
@@ -444,14 +461,24 @@ class Kubernetes:
         async with attended(peer):
             try:
                 await peer.send(STREAM)
+                said = b""
                 async for data in self.play(pod):
                     await peer.send(chunk(data))
+                    said = said[-20:] + data
+                    if b" end " in said or b" fail " in said:
+                        said = b""
+                        self.group.start_soon(self._end, pod)
                 await peer.send(FINISHED)
             finally:
                 pod.readers -= 1
                 if pod.terminating.is_set():
                     pod.gone()
         return Raw()
+
+    async def _end(self, pod: Pod) -> None:
+        await anyio.sleep(0.05)
+        if pod.ends_itself and pod.name in self.pods:
+            pod.ends()
 
 
 EXPIRED = status(410, "Expired", "too old resource version: 1 (2)")
@@ -463,19 +490,15 @@ async def attended(peer: Peer) -> AsyncIterator[anyio.CancelScope]:
     """A scope that is cancelled when the other side leaves."""
 
     async def attend(scope: anyio.CancelScope) -> None:
-        try:
+        with suppress(*GONE):
             await peer.reader.read(1)
-        except GONE:
-            pass
         scope.cancel()
 
     with anyio.CancelScope() as scope:
         async with anyio.create_task_group() as group:
             group.start_soon(attend, scope)
-            try:
+            with suppress(*GONE):  # or the test has the connection break
                 yield scope
-            except GONE:  # or the test has the connection break
-                pass
             group.cancel_scope.cancel()
 
 
@@ -504,4 +527,8 @@ def bundle(cluster: Kubernetes, job: Mapping[str, Any]) -> bytes:
             data = maps[source["configMap"]["name"]]["binaryData"][item["key"]]
             items[f"/run/cloche/{item['path']}"] = base64.b64decode(data)
     command = pod["containers"][0]["command"]
-    return b"".join(items[path] for option, path in zip(command, command[1:], strict=False) if option == "--bundle")
+    return b"".join(items[path] for option, path in pairwise(command) if option == "--bundle")
+
+
+Handler: TypeAlias = Callable[[Request, Peer], Awaitable[Reply | Raw]]
+"""What answers a request."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -21,16 +22,31 @@ from tests.wire.kubernetes import (
     says,
     status,
 )
-from tests.wire.kubernetes_runs import failure, run, sandbox
+from tests.wire.kubernetes_runs import ended, failure, run, sandbox
 from tests.wire.runs import SPEC
 
 import cloche
+from cloche.backends.kubernetes import backend, box, client
+from cloche.runtime import life, reading
 from cloche.supervisor.frames import Data, Fail, Hello
 from cloche.testing.fake import end, ended_by
 
 pytestmark = pytest.mark.anyio
 
-State = Callable[[Pod], None]
+State = Callable[[Pod], object]
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is tried as often as ever, with shorter pauses between."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.01, 0.01, 0.02, 0.05))
+    monkeypatch.setattr(client, "PAUSES_S", (0.01, 0.01, 0.02, 0.02, 0.05))
+    monkeypatch.setattr(box, "UNSURE_S", (0.2, 0.2, 0.4))
+    monkeypatch.setattr(box, "NO_LOG_S", 0.2)
+    monkeypatch.setattr(box, "END_S", 2.0)
+    monkeypatch.setattr(life, "LATE_FATE_S", 0.3)
+
+
 CUTS = pytest.mark.parametrize("said", [SO_FAR, SO_FAR[:-3], b""], ids=["clean", "frame", "nothing"])
 
 
@@ -103,41 +119,71 @@ async def test_status_comes_later(cluster: Kubernetes) -> None:
     """The log of a container ends before its node has told of the end: the cluster's word is waited for."""
 
     async def later(pod: Pod) -> None:
-        await anyio.sleep(2.5)
+        await anyio.sleep(1.0)
         pod.ends(137, "OOMKilled")
 
     cluster.play = becomes(SO_FAR, lambda pod: cluster.group.start_soon(later, pod))
     assert (await run(cluster)).outcome == "out_of_memory"
 
 
-async def test_still_running(cluster: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A log that ends again and again while its container still runs is engine-lost, and may be repeated."""
-    from cloche.backends.kubernetes import box
-
-    monkeypatch.setattr(box, "END_S", 0.2)
+async def test_still_running(cluster: Kubernetes) -> None:
+    """A log that ends again and again while its container still runs is read until the run's time is over, and no longer."""
     cluster.play = says(SO_FAR)
-    error = await failure(cluster)
+    started = time.monotonic()
+    found = await ended(cluster, cloche.Spec(content="pass", name="main.py", timeout=1))
+    if found.result is not None:
+        assert (found.result.outcome, found.result.stdout) == ("timed_out", "so far")
+    else:
+        assert found.error is not None
+        assert (found.error.code, found.error.retryable) == ("engine-lost", True)
+    assert time.monotonic() - started < 6
+
+
+GUESSED = pytest.mark.xfail(strict=True, reason="life._without_answer takes FateKind.LOST for a box that still runs")
+
+
+@GUESSED
+@pytest.mark.parametrize("reply", [status(403, "Forbidden", "no"), Raw()], ids=["forbidden", "cut"])
+async def test_cluster_cannot_tell(cluster: Kubernetes, reply: Reply | Raw) -> None:
+    """An API server that cannot say how the pod is doing is engine-lost, and the run may be repeated."""
+
+    async def play(pod: Pod) -> AsyncIterator[bytes]:
+        cluster.deaf = True
+        cluster.engine.on(f"GET {CORE}/pods/*", reply)
+        cluster.engine.on(LOG, cluster.log)
+        yield SO_FAR
+
+    cluster.play = play
+    error = await failure(cluster, cloche.Spec(content="pass", name="main.py", timeout=0.3))
     assert (error.code, error.retryable) == ("engine-lost", True)
-    assert "still runs" in error.message
+
+
+@GUESSED
+async def test_server_hangs_when_time_is_over(cluster: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that answers nothing any more when the run's time is over is engine-lost: nobody saw the script go on so long."""
+    monkeypatch.setattr(backend, "REMOVE_S", 0.3)
+
+    async def play(pod: Pod) -> AsyncIterator[bytes]:
+        yield SO_FAR
+        cluster.engine.on("*", Raw(math.inf))
+        await anyio.sleep(math.inf)
+
+    cluster.play = play
+    found = await ended(cluster, cloche.Spec(content="pass", name="main.py", timeout=0.3))
+    assert found.result is None
+    assert found.error is not None
+    assert (found.error.code, found.error.retryable) == ("engine-lost", True)
 
 
 @pytest.mark.parametrize(
-    "reply",
-    [status(500, "InternalError", "etcd is away"), status(403, "Forbidden", "no"), Reply(200, b"<html>"), Raw()],
-    ids=["error", "forbidden", "html", "cut"],
+    ("reason", "late_s"),
+    [
+        ("OOMKilled", 0.0),
+        ("OOMKilled", 0.6),
+        ("Error", 0.0),
+        ("Error", 0.6),
+    ],
 )
-async def test_cluster_cannot_tell(cluster: Kubernetes, reply: Reply | Raw) -> None:
-    """An API server that cannot say how the pod is doing is engine-lost, and the run may be repeated."""
-    cluster.play = ends_with(SO_FAR)
-    async with sandbox(cluster) as opened:
-        cluster.engine.on(f"GET {CORE}/pods", reply)
-        with pytest.raises(cloche.EngineLost) as caught:
-            await opened.run(SPEC)
-    assert caught.value.retryable
-
-
-@pytest.mark.parametrize("late_s", [0.0, 0.6], ids=["already", "later"])
-@pytest.mark.parametrize("reason", ["OOMKilled", "Error"])
 async def test_killed_for_a_reason_unseen(cluster: Kubernetes, reason: str, late_s: float) -> None:
     """A script that SIGKILL ended, where the supervisor cannot see why, was out of memory if the cluster says so, as soon as
     it says so.
@@ -148,6 +194,7 @@ async def test_killed_for_a_reason_unseen(cluster: Kubernetes, reason: str, late
         pod.ends(137, reason)
 
     async def play(pod: Pod) -> AsyncIterator[bytes]:
+        pod.ends_itself = False
         if late_s:
             cluster.group.start_soon(later, pod)
         else:
@@ -336,7 +383,7 @@ FORBIDDEN = 'Error creating: pods "x" is forbidden: '
     ("message", "code"),
     [
         (FORBIDDEN + "exceeded quota: q, requested: pods=1, used: pods=5, limited: pods=5", "quota-exceeded"),
-        (FORBIDDEN + "failed quota: q: must specify limits.cpu", "quota-exceeded"),
+        (FORBIDDEN + "failed quota: q: must specify limits.cpu", "permission-denied"),
         (FORBIDDEN + 'violates PodSecurity "restricted:latest"', "permission-denied"),
         (FORBIDDEN + 'error looking up service account boxes/x: serviceaccount "x" not found', "permission-denied"),
         ('admission webhook "policy" denied the request: no such image here', "permission-denied"),
@@ -349,11 +396,11 @@ async def test_job_without_a_pod(cluster: Kubernetes, message: str, code: str) -
     cluster.makes_pods = False
     cluster.events = [("SuccessfulDelete", "x"), ("FailedCreate", message)]
     started = time.monotonic()
-    error = await failure(cluster, start_timeout=2.5)
+    error = await failure(cluster, start_timeout=1)
     assert error.code == code
     if code != "start-timeout":
         assert message.split(": ", 1)[1] in error.message
-    assert (time.monotonic() - started > 2.4) is (code != "permission-denied")
+    assert (time.monotonic() - started > 0.9) is (code != "permission-denied")
 
 
 async def test_quota_that_makes_room(cluster: Kubernetes) -> None:
@@ -362,7 +409,7 @@ async def test_quota_that_makes_room(cluster: Kubernetes) -> None:
     cluster.events = [("FailedCreate", FORBIDDEN + "exceeded quota: q")]
 
     async def later() -> None:
-        await anyio.sleep(1.3)
+        await anyio.sleep(0.5)
         cluster.make_pod(cluster.made[0])
 
     async with sandbox(cluster) as opened:

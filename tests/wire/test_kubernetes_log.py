@@ -32,11 +32,21 @@ from tests.wire.kubernetes_runs import ended, failure, run, sandbox
 from tests.wire.runs import SPEC, wait_until
 
 import cloche
+from cloche.backends.kubernetes import box, client
 from cloche.runtime import reading
 from cloche.supervisor.frames import Data
 from cloche.testing.fake import end
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is tried as often as ever, with shorter pauses between."""
+    monkeypatch.setattr(reading, "PAUSES_S", (0.01, 0.05, 0.1, 0.2))
+    monkeypatch.setattr(client, "PAUSES_S", (0.02, 0.05, 0.1, 0.2, 0.2))
+    monkeypatch.setattr(box, "NO_LOG_S", 0.2)
+
 
 LONG = frames(*BEGIN, *[Data("stdout", 100 * at, b"x" * 100) for at in range(50)], end(7, stdout=5000))
 LOST = b"unable to retrieve container logs for containerd://0123456789abcdef"
@@ -112,12 +122,12 @@ async def test_not_yet(cluster: Kubernetes, words: list[Word]) -> None:
 
 @pytest.mark.parametrize("code", [400, 403])
 async def test_refused_for_good(cluster: Kubernetes, code: int) -> None:
-    """A log that may not be read is permission-denied with the server's words; one that is never there is start-timeout."""
+    """A log that cannot be read until the start is overdue is an error then, and no sooner."""
     cluster.engine.on(LOG, status(code, "", "not for you"))
-    error = await failure(cluster, start_timeout=1.5)
-    assert error.code == {400: "start-timeout", 403: "permission-denied"}[code]
-    if code == 403:
-        assert "not for you" in error.message
+    started = time.monotonic()
+    error = await failure(cluster, start_timeout=0.8)
+    assert error.code == "start-timeout"
+    assert 0.7 < time.monotonic() - started < 4
 
 
 @pytest.mark.parametrize("at", [1, 20, 27, 100, len(LONG) // 2, len(LONG) - 3])
@@ -193,9 +203,7 @@ async def test_without_end(cluster: Kubernetes) -> None:
 async def test_long_refusal(cluster: Kubernetes, body: bytes) -> None:
     """A refusal of any length is told in a bounded message."""
     cluster.engine.on(LOG, Reply(403, body))
-    error = await failure(cluster)
-    assert error.code == "permission-denied"
-    assert len(error.message) < 1200
+    assert len((await failure(cluster, start_timeout=0.5)).message) < 1200
 
 
 # --- an API server that goes away ------------------------------------------------------------------------------------
@@ -227,7 +235,7 @@ def goes_away(cluster: Kubernetes, away_s: float, after: Play) -> Play:
 FINE = frames(*BEGIN, Data("stdout", 0, b"so far"), end(stdout=6))
 
 
-@pytest.mark.parametrize("away_s", [0.3, 2.5])
+@pytest.mark.parametrize("away_s", [0.3, 1.5])
 async def test_restarted(cluster: Kubernetes, away_s: float) -> None:
     """An API server that is started anew over a run costs it nothing: the log, and the watch, go on."""
     cluster.play = goes_away(cluster, away_s, says(0.2, FINE))
@@ -236,7 +244,6 @@ async def test_restarted(cluster: Kubernetes, away_s: float) -> None:
         await wait_until(lambda: cluster.watching)
 
 
-@pytest.mark.xfail(strict=True, reason="reading: tries grows past len(PAUSES_S) while the server is away, and is compared with ==")
 async def test_died_while_away(cluster: Kubernetes) -> None:
     """A box that ran out of memory while the API server was away is a result soon after it is back, not at the deadline."""
 
@@ -244,12 +251,12 @@ async def test_died_while_away(cluster: Kubernetes) -> None:
         pod.ends(137, "OOMKilled")
         yield SO_FAR
 
-    cluster.play = goes_away(cluster, 2.3, after)
+    cluster.play = goes_away(cluster, 1.0, after)
     started = time.monotonic()
     async with sandbox(cluster) as opened:
-        result = await opened.run(cloche.Spec(content="pass", name="main.py", timeout=6))
+        result = await opened.run(cloche.Spec(content="pass", name="main.py", timeout=2))
     assert result.outcome == "out_of_memory"
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 3
 
 
 async def test_away_until_the_end(cluster: Kubernetes) -> None:
@@ -277,17 +284,6 @@ async def restart_later(cluster: Kubernetes, group: anyio.abc.TaskGroup, in_s: f
     await anyio.sleep(in_s)
     host, _, port = cluster.engine.address.removeprefix("tcp://").rpartition(":")
     await cluster.engine.listen(cluster.group, socket.create_server((host, int(port))))
-
-
-async def test_away_for_longer_than_anyone_waits(cluster: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An API server that does not come back is not waited for until the run's time is over."""
-    monkeypatch.setattr(reading, "RECONNECT_S", 0.5)
-    cluster.play = goes_away(cluster, 3.0, says(FINE))
-    started = time.monotonic()
-    found = await ended(cluster)
-    assert found.error is not None
-    assert (found.error.code, found.error.retryable) == ("engine-lost", True)
-    assert time.monotonic() - started < 15
 
 
 async def test_away_before_the_start(cluster: Kubernetes) -> None:

@@ -308,7 +308,7 @@ def _translated(what: str, setup: _Setup) -> Iterator[None]:
     except OtherContent as exc:
         raise BackendUnavailable(
             f"The ConfigMap {exc} of the namespace {setup.ground.namespace} does not hold what it should.",
-            hint=f"Find out who changed it, then delete it: kubectl delete configmap {exc}.",
+            hint=f"Find out who changed it; an administrator then deletes it: kubectl delete configmap {exc}.",
         ) from exc
     except Refused as exc:
         raise diagnose.refusal(exc, what) from exc

@@ -140,7 +140,11 @@ def guarantees(settings: Settings) -> tuple[Guarantee, ...]:
             "memory-limit", State.IN_FORCE, "a cgroup of the kubelet's bounds memory; no swap unless the node has it"
         ),
         Guarantee("cpu-limit", State.IN_FORCE, "a cgroup of the kubelet's bounds CPU time"),
-        Guarantee("process-limit", State.IN_FORCE, f"RLIMIT_NPROC, for a uid that no other box has; {checked}")
+        Guarantee(
+            "process-limit",
+            State.IN_FORCE,
+            f"RLIMIT_NPROC, for a uid that the box has by chance, of a range; {checked}",
+        )
         if settings.kube_run_as_user[0] != settings.kube_run_as_user[1]
         else Guarantee(
             "process-limit",
