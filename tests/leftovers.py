@@ -27,9 +27,7 @@ LASTING = ("shelf", "place")
 def now() -> frozenset[str]:
     """All there is at this moment, as text for people."""
     containers = daemons.all_remains(frozenset(_owners_of_others()))
-    return frozenset(
-        {*_processes(), *_cgroups(), *_owner_files(), *_folders(), *containers, *clusters.all_remains()}
-    )
+    return frozenset({*_processes(), *_cgroups(), *_owner_files(), *_folders(), *containers, *clusters.all_remains()})
 
 
 def beside_standby() -> frozenset[str]:

@@ -40,7 +40,7 @@ def ended(why: str, exit_code: int = 137, **more: Any) -> Pod:
         (replace(POD, phase="Failed", container="none"), FateKind.EVICTED, "failed"),
         (replace(POD, phase="Failed", container="none", reason="OutOfcpu"), FateKind.UNSCHEDULABLE, "OutOfcpu"),
         (replace(POD, phase="Failed", container="none", reason="NodeAffinity"), FateKind.UNSCHEDULABLE, "NodeAffinity"),
-        (POD, FateKind.LOST, "still runs"),
+        (POD, FateKind.RUNNING, "still runs"),
         (replace(WAITING, container_reason="ErrImagePull"), FateKind.IMAGE, "ErrImagePull"),
         (
             replace(WAITING, container_reason="ImagePullBackOff", container_message="x"),

@@ -633,6 +633,7 @@ async def test_oom_killed() -> None:
         (FateKind.EVICTED, cloche.EngineLost, False),
         (FateKind.DELETED, cloche.EngineLost, False),
         (FateKind.LOST, cloche.EngineLost, True),
+        (FateKind.RUNNING, cloche.EngineLost, True),
         (FateKind.IMAGE, cloche.ImageUnavailable, False),
         (FateKind.UNSCHEDULABLE, cloche.Unschedulable, True),
         (FateKind.QUOTA, cloche.QuotaExceeded, True),
@@ -649,7 +650,7 @@ async def test_fates(kind: FateKind, error: type[cloche.ClocheError], retryable:
 
 async def test_every_fate_is_tested() -> None:
     """The two tests above know every fate."""
-    assert len(FateKind) == 10
+    assert len(FateKind) == 11
 
 
 async def test_fail_frame() -> None:

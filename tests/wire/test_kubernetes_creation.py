@@ -162,7 +162,6 @@ async def test_somebody_came_between(cluster: Kubernetes) -> None:
     assert len(cluster.made) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="client.create_config_map asks again and again without a pause, and for ever")
 async def test_there_and_not_there(cluster: Kubernetes) -> None:
     """A ConfigMap that is there when it is to be made, and not when it is looked for, is asked for with pauses."""
     async with client_of(cluster) as client:

@@ -42,6 +42,7 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "PAUSES_S", (0.01, 0.01, 0.02, 0.05))
     monkeypatch.setattr(client, "PAUSES_S", (0.01, 0.01, 0.02, 0.02, 0.05))
     monkeypatch.setattr(box, "UNSURE_S", (0.2, 0.2, 0.4))
+    monkeypatch.setattr(box, "NO_POD_S", 0.2)
     monkeypatch.setattr(box, "NO_LOG_S", 0.2)
     monkeypatch.setattr(box, "END_S", 2.0)
     monkeypatch.setattr(life, "LATE_FATE_S", 0.3)
@@ -139,10 +140,6 @@ async def test_still_running(cluster: Kubernetes) -> None:
     assert time.monotonic() - started < 6
 
 
-GUESSED = pytest.mark.xfail(strict=True, reason="life._without_answer takes FateKind.LOST for a box that still runs")
-
-
-@GUESSED
 @pytest.mark.parametrize("reply", [status(403, "Forbidden", "no"), Raw()], ids=["forbidden", "cut"])
 async def test_cluster_cannot_tell(cluster: Kubernetes, reply: Reply | Raw) -> None:
     """An API server that cannot say how the pod is doing is engine-lost, and the run may be repeated."""
@@ -158,7 +155,6 @@ async def test_cluster_cannot_tell(cluster: Kubernetes, reply: Reply | Raw) -> N
     assert (error.code, error.retryable) == ("engine-lost", True)
 
 
-@GUESSED
 async def test_server_hangs_when_time_is_over(cluster: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that answers nothing any more when the run's time is over is engine-lost: nobody saw the script go on so long."""
     monkeypatch.setattr(backend, "REMOVE_S", 0.3)

@@ -141,7 +141,6 @@ async def test_ends_at_once_again_and_again(cluster: Kubernetes, how: Word) -> N
         assert len(cluster.watched) < 12
 
 
-@pytest.mark.xfail(strict=True, reason="Pods.watch makes no pause after a watch that brought anything")
 async def test_ends_after_one_word_again_and_again(cluster: Kubernetes) -> None:
     """The same where each watch brings one word before its end."""
     bookmark = {"type": "BOOKMARK", "object": {"kind": "Pod", "metadata": {"resourceVersion": "177"}}}

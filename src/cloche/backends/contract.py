@@ -66,6 +66,8 @@ class FateKind(StrEnum):
     QUOTA = "quota-exceeded"
     DENIED = "permission-denied"
     """The engine's own rules forbid the box."""
+    RUNNING = "running"
+    """It still runs, by the engine's own word."""
     LOST = "lost"
     """The connection to the engine is gone: the box may still be there, and the run may be repeated."""
 

@@ -320,7 +320,7 @@ class Run:
                 return QuotaExceeded(f"A quota of the engine's forbids the box.{said}")
             case FateKind.DENIED:
                 return PermissionDenied(f"The engine's rules forbid the box.{said}")
-            case FateKind.LOST:
+            case FateKind.LOST | FateKind.RUNNING:
                 return EngineLost(f"The connection to the box was lost.{said}", retryable=True)
             case FateKind.EXITED:
                 return EngineLost(f"The box ended without a word on how the script ended.{said}")
@@ -358,7 +358,7 @@ class Run:
         if not self._house.chosen.capabilities.replayable:
             return None
         fate = await self._fate(box, LATE_FATE_S)
-        if fate.kind is FateKind.LOST:
+        if fate.kind is FateKind.RUNNING:
             return None
         if fate.kind is not FateKind.EXITED:
             return self._by_fate(fate)

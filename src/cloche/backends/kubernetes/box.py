@@ -28,8 +28,10 @@ from cloche.supervisor.bundle import Bundle
 
 LOG_STEPS_S = (0.01, 0.01, 0.02, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Between two requests for a log that is not there yet; the last one is repeated, and every news of the pod ends a step."""
-UNSURE_S = (1.0, 2.0, 4.0)
-"""A pod without news for so long is looked into, and again after longer; the last one is repeated."""
+NO_POD_S = 1.0
+"""A Job that has no pod after so long is looked into: its controller makes one within some milliseconds, or may not."""
+UNSURE_S = (4.0, 8.0)
+"""So is a pod without news for so long, and again after longer; the last one is repeated."""
 MENDS = 2
 """How often what a pod may wait for is put back."""
 END_S = 8.0
@@ -205,7 +207,8 @@ class KubernetesBox:
                     return pod
                 if pod.over:
                     return None
-            if not await self._follower.news(UNSURE_S[min(looks, len(UNSURE_S) - 1)]):
+            within_s = NO_POD_S if pod is None and looks == 0 else UNSURE_S[min(looks, len(UNSURE_S) - 1)]
+            if not await self._follower.news(within_s):
                 looks += 1
                 await self._look_closer(mend=looks <= MENDS)
 

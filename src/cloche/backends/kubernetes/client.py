@@ -220,15 +220,19 @@ class KubernetesClient:
             OtherContent: there is one with another content.
         """
         encoded = await to_thread.run_sync(_encoded, body)
-        while True:
+        for pause in (*PAUSES_S, None):
             try:
                 await self._call("POST", f"{self._core}/configmaps", body=encoded)
             except Refused as exc:
                 if exc.status.reason != EXISTS:
                     raise
-                if not await self.has_config_map(body):
-                    continue  # it went while we looked
-            return
+                if await self.has_config_map(body):
+                    return
+                if pause is None:
+                    raise
+                await anyio.sleep(pause)  # it went while we looked
+            else:
+                return
 
     async def has_config_map(self, body: Mapping[str, Any], *, content: bool = True) -> bool:
         """Whether there is one of that name; where its ``content`` is asked for too, with the same.

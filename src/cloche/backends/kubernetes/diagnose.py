@@ -83,7 +83,7 @@ def pod_fate(pod: Pod) -> Fate:
     if pod.phase == "Failed":
         return Fate(FateKind.EVICTED, _said(pod.reason, pod.message) or f"The pod {pod.name} failed.")
     if pod.container == "running":
-        return Fate(FateKind.LOST, f"The pod {pod.name} still runs, and its log has ended.")
+        return Fate(FateKind.RUNNING, f"The pod {pod.name} still runs, and its log has ended.")
     if not pod.scheduled and pod.unschedulable:
         return Fate(FateKind.UNSCHEDULABLE, pod.unschedulable)
     waits = _said(pod.container_reason or pod.phase or "Pending", pod.container_message)

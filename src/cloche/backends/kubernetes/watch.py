@@ -24,7 +24,7 @@ from cloche.errors import ClocheError
 PAUSES_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Before each new try of a watch that broke; the last one is repeated."""
 SHORT_S = 1.0
-"""A watch that ends sooner than that and brought nothing broke, in whatever way."""
+"""A watch that ends sooner than that broke, in whatever way."""
 TOLD_AFTER = 3
 """Failures in a row after which it is told, once."""
 
@@ -108,10 +108,10 @@ class Pods:
                 if isinstance(exc, Refused):
                     version = ""  # whatever it did not like, a list is a safe beginning
                 problem = str(exc)
-            if brought or anyio.current_time() - begun > SHORT_S:
+            if anyio.current_time() - begun > SHORT_S:
                 failures = 0
                 continue
-            failures += 1
+            failures = 1 if brought else failures + 1
             _log.log(
                 logging.WARNING if failures == TOLD_AFTER else logging.DEBUG, "the watch of pods broke: %s", problem
             )
