@@ -259,6 +259,8 @@ async def test_every_quota_of_a_user(sandbox: cloche.Sandbox) -> None:
     """A script that uses up what the kernel gives a user (queued signals, timers, pages of pipes, watches), which may be its
     guard's too, has its output, its artifacts and its end all the same.
     """
+    if (await sandbox.posture()).isolation is cloche.Isolation.KERNEL:
+        pytest.skip("a kernel of the box's own has other quotas, and bounds some of these by memory alone")
     result = await sandbox.run(cloche.Spec(name="attack.py", content=QUOTAS, timeout=30))
     assert_exited(result)
     assert result.stdout == "the end\n"
