@@ -92,7 +92,7 @@ class Clock(Suite):
                 signal.signal(signal.SIGTERM, stop)
                 time.sleep(60)
                 """,
-                timeout=0.5,
+                timeout=2,  # an interpreter that has not been started for long takes its time until it has the handler
             )
         )
         assert result.outcome is cloche.Outcome.TIMED_OUT
