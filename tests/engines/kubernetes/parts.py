@@ -7,6 +7,7 @@ import http.client
 import os
 import socket
 import ssl
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,12 @@ class Part:
                 with socket.socket(socket.AF_UNIX) as connection:
                     connection.connect(f"/proc/{inside.pid}/root{SOCKET}")
                 return True
-            return _ask(inside, self.health)
-        except (OSError, http.client.HTTPException):
+            with warnings.catch_warnings():
+                # Python 3.11's wrap_socket forgets a socket whose other side reset it in that very moment, as a server does
+                # that is killed.
+                warnings.simplefilter("ignore", ResourceWarning)
+                return _answers(inside, self.health)
+        except OSError:
             return False
 
     def processes(self, inside: Namespaces) -> Iterator[tuple[int, int]]:
@@ -69,6 +74,13 @@ class Part:
                         and (born := birth(int(entry.name))) is not None
                     ):
                         yield int(entry.name), born
+
+
+def _answers(inside: Namespaces, health: Health) -> bool:
+    try:
+        return _ask(inside, health)
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def _ask(inside: Namespaces, health: Health) -> bool:
