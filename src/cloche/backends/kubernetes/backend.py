@@ -279,12 +279,8 @@ class KubernetesBackend:
         """
         if self._setup is None:
             return ()
-        try:
+        with _translated("look for leftovers", self._setup):
             return await leftovers.sweep(self._setup.client, self._keeper)
-        except Refused as exc:
-            raise diagnose.refusal(exc, "look for leftovers") from exc
-        except HttpFailure as exc:
-            raise diagnose.unreachable(exc, "look for leftovers") from exc
 
     async def aclose(self) -> None:
         """Close the connections, and give up the owner's lock."""

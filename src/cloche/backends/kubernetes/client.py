@@ -266,15 +266,11 @@ class KubernetesClient:
     async def pods(self, selector: str) -> tuple[list[Pod], str]:
         """The pods with a label, and the version of the list, from which a watch can go on."""
         pods: list[Pod | None] = []
-        query: dict[str, str | int | bool] = {"labelSelector": selector, "limit": PAGE}
-        while True:
-            found = _json(await self._call("GET", f"{self._core}/pods", query=query))
-            pods += [facts.parse_pod(item) for item in field(found, "items", list, [])]
-            metadata = field(found, "metadata", dict, {})
-            version = field(metadata, "resourceVersion", str, "")
-            if not (more := field(metadata, "continue", str, "")):
-                return [pod for pod in pods if pod is not None], version
-            query["continue"] = more
+        version = ""
+        async for page in self._pages(f"{self._core}/pods", selector):
+            pods += [facts.parse_pod(item) for item in field(page, "items", list, [])]
+            version = field(field(page, "metadata", dict, {}), "resourceVersion", str, "")
+        return [pod for pod in pods if pod is not None], version
 
     async def pod(self, name: str) -> Pod | None:
         """One pod; None: it is not there."""
@@ -333,11 +329,16 @@ class KubernetesClient:
     # --- how ----------------------------------------------------------------------------------------------------------
 
     async def _list(self, path: str) -> AsyncIterator[object]:
-        query: dict[str, str | int | bool] = {"labelSelector": names.OURS, "limit": PAGE}
-        while True:
-            found = _json(await self._call("GET", path, query=query, headers=LIST_OF_METADATA))
-            for item in field(found, "items", list, []):
+        async for page in self._pages(path, names.OURS, LIST_OF_METADATA):
+            for item in field(page, "items", list, []):
                 yield item
+
+    async def _pages(self, path: str, selector: str, headers: Mapping[str, str] | None = None) -> AsyncIterator[object]:
+        """The answers to a list, one after the other."""
+        query: dict[str, str | int | bool] = {"labelSelector": selector, "limit": PAGE}
+        while True:
+            found = _json(await self._call("GET", path, query=query, headers=headers))
+            yield found
             if not (more := field(field(found, "metadata", dict, {}), "continue", str, "")):
                 return
             query["continue"] = more
