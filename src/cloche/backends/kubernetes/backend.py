@@ -148,10 +148,7 @@ class KubernetesBackend:
         """
         async with self._making:
             if not self._there:
-                with _translated("make a ConfigMap", setup):
-                    # Mostly it is there, and a quota that leaves no room for another one is no reason to do without it.
-                    if not await setup.client.has_config_map(setup.supervisor):
-                        await setup.client.create_config_map(setup.supervisor)
+                await self._put_supervisor(setup, content=True)
                 self._there = True
 
     async def _mend(self, setup: _Setup) -> None:
@@ -161,10 +158,19 @@ class KubernetesBackend:
             ClocheError: it cannot be had there.
         """
         async with self._making:
-            with _translated("make a ConfigMap", setup):
-                if not await setup.client.has_config_map(setup.supervisor, content=False):
-                    _log.warning("the ConfigMap %s was deleted; it is made again", setup.ground.supervisor)
-                    await setup.client.create_config_map(setup.supervisor)
+            if await self._put_supervisor(setup, content=False):
+                _log.warning("the ConfigMap %s was deleted; it was made again", setup.ground.supervisor)
+
+    @staticmethod
+    async def _put_supervisor(setup: _Setup, *, content: bool) -> bool:
+        """Whether it had to be made. Mostly it is there, and a quota that leaves no room for another one is no reason to do
+        without it.
+        """
+        with _translated("make a ConfigMap", setup):
+            if await setup.client.has_config_map(setup.supervisor, content=content):
+                return False
+            await setup.client.create_config_map(setup.supervisor)
+            return True
 
     @contextlib.asynccontextmanager
     async def open(self, profile: Profile) -> AsyncIterator[Box]:
