@@ -14,6 +14,7 @@
 ``podman``       podman
 ``certificates`` an authority, a server's and a client's certificate, for Docker over TLS
 ``registry``     a real registry beside an engine
+``place``        where engines that are up have their files; one command at a time
 ``__main__``     ``build``, ``up``, ``env``, ``down``
 ================ ======================================================================================================
 """

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
-import os
 import shlex
 import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
-from tests.engines.docker import api, binaries, host, images
+from tests.engines.docker import api, binaries, host, images, place
 from tests.engines.docker.daemon import Daemon
 from tests.engines.docker.podman import Podman
 from tests.engines.docker.private import Private
@@ -74,7 +68,7 @@ def _build() -> None:
 
 def _up(flavours: list[str]) -> None:
     host.need(*host.PROGRAMS, *host.FILES)
-    with _alone():
+    with place.alone():
         for flavour in flavours or USUAL:
             if flavour == "old" and not flavours and not host.is_debian(binaries.SUITE):
                 host.say(f"left out: the old engine, which is made from Debian {binaries.SUITE}'s packages")
@@ -104,32 +98,14 @@ def _gvisor_works(engine: api.Engine) -> bool:
 
 
 def _down(flavours: list[str]) -> None:
-    with _alone():
+    with place.alone():
         for flavour in flavours:
             _engine(flavour).close()
-    with contextlib.suppress(OSError):  # others are up
-        _folder().rmdir()
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """One ``up`` or ``down`` at a time."""
-    host.need_root()
-    _folder().mkdir(parents=True, exist_ok=True)
-    folder = os.open(_folder(), os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
-
-
-def _folder() -> Path:
-    return Path(tempfile.gettempdir(), "cloche-engines")
+    place.leave()
 
 
 def _engine(flavour: str) -> Private:
-    folder = _folder() / flavour
+    folder = place.folder() / flavour
     if flavour == "podman":
         return Podman(folder, owned=False)
     return Daemon("old" if flavour == "old" else "current", folder, owned=False)

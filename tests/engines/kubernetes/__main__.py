@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
-import os
 import shlex
 import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
-from tests.engines.docker import host
+from tests.engines.docker import host, place
 from tests.engines.kubernetes import binaries, cluster, images
 from tests.engines.kubernetes.cluster import Cluster
 
@@ -37,7 +31,7 @@ def main() -> int:
             case "build":
                 _build()
             case "up":
-                with _alone():
+                with place.alone():
                     _cluster().launch()
                 host.say(f"kubernetes: https://{':'.join(map(str, _cluster().server))}")
             case "env":
@@ -67,31 +61,13 @@ def _env() -> None:
 
 
 def _down() -> None:
-    with _alone():
+    with place.alone():
         _cluster().close()
-    with contextlib.suppress(OSError):  # docker engines are up
-        _folder().rmdir()
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """One ``up`` or ``down`` at a time."""
-    host.need_root()
-    _folder().mkdir(parents=True, exist_ok=True)
-    folder = os.open(_folder(), os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
-
-
-def _folder() -> Path:
-    return Path(tempfile.gettempdir(), "cloche-engines")
+    place.leave()
 
 
 def _cluster() -> Cluster:
-    return Cluster(_folder() / "kubernetes", owned=False)
+    return Cluster(place.folder() / "kubernetes", owned=False)
 
 
 if __name__ == "__main__":
