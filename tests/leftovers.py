@@ -134,8 +134,15 @@ def _owner_files() -> Iterator[str]:
     folder, others = _state_folder(), _owners_of_others()
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
-            if path.name not in LASTING and path.stem not in others:
+            if path.name not in LASTING and path.stem not in others and not _waits_for_an_engine(path):
                 yield f"file {path}"
+
+
+def _waits_for_an_engine(path: Path) -> bool:
+    """Whether a sweep found the owner dead, and keeps his file for what his engine may still make."""
+    with contextlib.suppress(OSError):
+        return "\nfound dead at " in path.read_text()
+    return False
 
 
 def _cgroups() -> Iterator[str]:

@@ -56,6 +56,22 @@ def test_what_could_not_be_removed_is_found_again(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_when_the_dead_was_found_is_written_down_once(tmp_path: Path) -> None:
+    """A sweep that leaves the file of a dead owner writes the time into it; the next ones tell how long ago that was."""
+    die_holding_a_lock(tmp_path, "o1", Path("/somewhere"))
+    file = tmp_path / "o1.owner"
+    for _ in range(2):
+        for owner in owners.dead(tmp_path):
+            assert owner.found_s < 30
+            owner.left = True
+    first, mark = file.read_text().splitlines()
+    assert (first, mark[:14]) == ("/somewhere", "found dead at ")
+    file.write_text(f"{first}\nfound dead at {int(mark[14:]) - 3600}\n")
+    (owner,) = owners.dead(tmp_path)
+    assert (owner.folders, owner.notes) == ([Path("/somewhere")], [])
+    assert 3600 <= owner.found_s < 3630
+
+
 def test_an_owner_can_be_made_while_others_sweep(tmp_path: Path) -> None:
     """However often others sweep in the very moment, a new owner gets its lock, and nobody takes it for dead."""
     code = (

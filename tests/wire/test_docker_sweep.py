@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from tests.wire.engine import Raw, Reply
 import cloche
 from cloche.backends import owners
 from cloche.backends.contract import Leftover
+from cloche.backends.docker import leftovers
 from cloche.backends.docker.backend import DockerBackend
 from cloche.runtime.life import Counters
 
@@ -41,8 +43,24 @@ def alive() -> Iterator[str]:
 @pytest.fixture
 def dead() -> Iterator[str]:
     """The name of an owner that has died: its lock is there, and nobody holds it."""
+    # With something elsewhere: else the sweep of any other process on this machine may forget him meanwhile.
+    with died(note="of a test") as name:
+        yield name
+
+
+@pytest.fixture
+def dead_here(docker: Docker) -> Iterator[str]:
+    """The name of one who had nothing but things on this daemon."""
+    with died(leftovers.note(docker.engine.address)) as name:
+        yield name
+
+
+@contextlib.contextmanager
+def died(note: str) -> Iterator[str]:
     name = f"o{secrets.token_hex(8)}"
-    owners.Owner(owners.state_folder(), name).close(left=True)
+    owner = owners.Owner(owners.state_folder(), name)
+    owner.note(note)
+    owner.close(left=True)
     yield name
     owners.state_folder().joinpath(f"{name}.owner").unlink(missing_ok=True)
 
@@ -104,6 +122,14 @@ async def test_dead_and_alive(docker: Docker, place: str, alive: str, dead: str)
     (found,) = await sweep(docker)
     assert there(docker) == {"cloche-of-the-living", "cloche-elsewhere", "cloche-nowhere", "cloche-nobody"}
     assert f"{dead} is dead" in found.reason
+
+
+async def test_made_after_a_sweep(docker: Docker, place: str, dead_here: str) -> None:
+    """What the daemon makes for the dead after a sweep has looked goes at the next one: his lock is still there to tell."""
+    for container in ("cloche-first", "cloche-late"):
+        docker.add(container, cloche_owner=dead_here, cloche_place=place, cloche_expires=at(docker, 30))
+        assert [(left.name, left.removed) for left in await sweep(docker)] == [(container, True)]
+    assert not docker.containers
 
 
 async def test_a_lock_that_is_not_there(docker: Docker, place: str) -> None:

@@ -93,7 +93,9 @@ class Keeper:
         return "it has expired" if alive is None and claim.expired(now) else ""
 
     async def forget_the_dead(self) -> None:
-        """Remove the locks of the dead that had nothing but things on this engine, which are gone now."""
+        """Remove the locks of the dead that had nothing but things on this engine: these are gone now, and the engine has had the
+        time to finish what they had asked it for.
+        """
         await to_thread.run_sync(_forget_the_dead, self.note)
 
 
@@ -107,4 +109,5 @@ def _forget_the_dead(own_note: str) -> None:
     with contextlib.suppress(OSError):
         for owner in owners.dead(owners.state_folder()):
             elsewhere = any(line != own_note for line in owner.notes) and owner.age_s < owners.NOTE_LIFE_S
-            owner.left |= bool(owner.folders) or elsewhere
+            unfinished = bool(owner.notes) and owner.found_s < owners.FINISH_S
+            owner.left |= bool(owner.folders) or elsewhere or unfinished

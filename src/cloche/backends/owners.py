@@ -30,6 +30,11 @@ NOTE_LIFE_S = 2 * 24 * 3600.0
 """For so long a dead owner's file is kept for a place that is none of ours to look after. What it made there has expired by then
 (a run takes a day at most)."""
 
+FINISH_S = 120.0
+"""For so long after a sweep found it dead, an owner's file is kept: what it had asked an engine for may be made only after that
+sweep has looked, and without the file nobody could tell that its owner is dead."""
+_FOUND = "found dead at "
+
 SUPPORTED: bool = fcntl is not None
 """Whether this system has such locks."""
 
@@ -153,7 +158,9 @@ class Dead:
     folders: list[Path]
     notes: list[str] = field(default_factory=list)
     age_s: float = field(default=0.0, compare=False)
-    """Since it noted something last."""
+    """Since its file was last written to."""
+    found_s: float = field(default=0.0, compare=False)
+    """Since a sweep first found it, and left its file."""
     left: bool = False
 
 
@@ -170,12 +177,17 @@ def dead(folder: Path) -> Iterator[Dead]:
                 continue  # another one was quicker
             with open(fd, closefd=False, encoding="utf-8", errors="replace") as text:
                 lines = [line.rstrip("\n") for line in text]
+            marks = [line for line in lines if line.startswith(_FOUND) and line.removeprefix(_FOUND).isdecimal()]
             folders = [Path(line) for line in lines if line.startswith("/")]
-            age_s = time.time() - os.fstat(fd).st_mtime
-            found = Dead(path.stem, folders, [line for line in lines if not line.startswith("/")], age_s)
+            notes = [line for line in lines if not line.startswith(("/", _FOUND))]
+            now = time.time()
+            found_s = now - float(marks[0].removeprefix(_FOUND)) if marks else 0.0
+            found = Dead(path.stem, folders, notes, now - os.fstat(fd).st_mtime, found_s)
             yield found
             if not found.left:
                 path.unlink(missing_ok=True)
+            elif not marks:
+                os.write(fd, f"{_FOUND}{int(now)}\n".encode())
         except BlockingIOError:
             continue  # alive
         finally:

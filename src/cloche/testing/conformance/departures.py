@@ -208,6 +208,7 @@ class Departures(Suite):
                 for after_ms in (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30)
             ]
             assert [client.wait(60) for client in clients] == [-signal.SIGKILL] * len(clients)
+            target.settle()
             anyio.run(_open_and_run, target)
 
     def test_killed_client(self, target: Target, tmp_path: Path) -> None:

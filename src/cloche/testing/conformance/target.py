@@ -16,6 +16,9 @@ import cloche
 
 PASSED_ON = ("PATH", "HOME", "LANG", "XDG_RUNTIME_DIR", "TMPDIR", "DBUS_SESSION_BUS_ADDRESS")
 """Variables of the suite's own environment that a command line under test gets as well."""
+SETTLED_S = 2.0
+"""An engine at which nothing has changed for so long has finished."""
+SETTLE_WITHIN_S = 30.0
 
 
 def must_work(mode: str) -> bool:
@@ -76,6 +79,15 @@ class Target:
             time.sleep(0.05)
             left &= look()
         assert not left, "left behind:\n" + "\n".join(sorted(left))
+
+    def settle(self) -> None:
+        """Block until an engine has finished what clients that are dead had asked it for."""
+        look = self.remains or frozenset
+        seen, since, end = look(), time.monotonic(), time.monotonic() + SETTLE_WITHIN_S
+        while time.monotonic() < min(since + SETTLED_S, end):
+            time.sleep(0.05)
+            if (now := look()) != seen:
+                seen, since = now, time.monotonic()
 
     def need(self, *interpreters: str) -> None:
         """Skip the test (or fail it, see :func:`absent`) where the box lacks an interpreter."""

@@ -1,0 +1,55 @@
+"""When the lock of a dead owner may go."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fcntl", reason="such locks need Unix")
+
+from cloche.backends import owners
+from cloche.backends.claims import Keeper
+
+pytestmark = pytest.mark.anyio
+
+HERE = f"test engine {secrets.token_hex(4)}"
+ELSEWHERE = f"test engine {secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def dead() -> Iterator[Path]:
+    """The file of an owner that is dead."""
+    name = f"o{secrets.token_hex(8)}"
+    owners.Owner(owners.state_folder(), name).close(left=True)
+    path = owners.state_folder() / f"{name}.owner"
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def found(ago_s: float) -> str:
+    return f"found dead at {time.time() - ago_s:.0f}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "stays"),
+    [
+        ([HERE], True),
+        ([HERE, found(5)], True),
+        ([HERE, found(owners.FINISH_S - 20)], True),
+        ([HERE, found(owners.FINISH_S + 5)], False),
+        ([HERE, "found dead at noon"], True),
+        ([ELSEWHERE, found(owners.FINISH_S + 5)], True),
+        ([HERE, ELSEWHERE, found(owners.FINISH_S + 5)], True),
+        ([HERE, "/sys/fs/cgroup", found(owners.FINISH_S + 5)], True),
+    ],
+    ids=["new", "just-found", "soon", "later", "unreadable", "elsewhere", "both", "cgroups"],
+)
+async def test_forgotten(dead: Path, lines: list[str], *, stays: bool) -> None:
+    """A dead owner's file goes when his engine has had the time to finish, unless he has things elsewhere too."""
+    dead.write_text("".join(f"{line}\n" for line in lines))
+    await Keeper("oself", HERE).forget_the_dead()
+    assert dead.exists() == stays
