@@ -30,26 +30,26 @@ def dead() -> Iterator[Path]:
     path.unlink(missing_ok=True)
 
 
-def found(ago_s: float) -> str:
-    return f"found dead at {time.time() - ago_s:.0f}"
-
-
 @pytest.mark.parametrize(
     ("lines", "stays"),
     [
         ([HERE], True),
-        ([HERE, found(5)], True),
-        ([HERE, found(owners.FINISH_S - 20)], True),
-        ([HERE, found(owners.FINISH_S + 5)], False),
+        ([HERE, 5.0], True),
+        ([HERE, owners.FINISH_S - 20], True),
+        ([HERE, owners.FINISH_S + 5], False),
         ([HERE, "found dead at noon"], True),
-        ([ELSEWHERE, found(owners.FINISH_S + 5)], True),
-        ([HERE, ELSEWHERE, found(owners.FINISH_S + 5)], True),
-        ([HERE, "/sys/fs/cgroup", found(owners.FINISH_S + 5)], True),
+        ([ELSEWHERE, owners.FINISH_S + 5], True),
+        ([HERE, ELSEWHERE, owners.FINISH_S + 5], True),
+        ([HERE, "/sys/fs/cgroup", owners.FINISH_S + 5], True),
     ],
     ids=["new", "just-found", "soon", "later", "unreadable", "elsewhere", "both", "cgroups"],
 )
-async def test_forgotten(dead: Path, lines: list[str], *, stays: bool) -> None:
-    """A dead owner's file goes when his engine has had the time to finish, unless he has things elsewhere too."""
-    dead.write_text("".join(f"{line}\n" for line in lines))
+async def test_forgotten(dead: Path, lines: list[str | float], *, stays: bool) -> None:
+    """A dead owner's file goes when his engine has had the time to finish, unless he has things elsewhere too.
+
+    A number among the lines: so many seconds ago a sweep found him dead.
+    """
+    found = [f"found dead at {time.time() - line:.0f}" if isinstance(line, float) else line for line in lines]
+    dead.write_text("".join(f"{line}\n" for line in found))
     await Keeper("oself", HERE).forget_the_dead()
     assert dead.exists() == stays

@@ -7,6 +7,7 @@ from contextlib import aclosing, asynccontextmanager
 
 import anyio
 
+from cloche._kit.steps import step
 from cloche.backends.contract import Box
 from cloche.errors import EngineLost, ProtocolError
 from cloche.supervisor.frames import Decoder, Foreign, Frame, FrameError
@@ -73,7 +74,7 @@ class Reading:
                 ends = 1 if self._given > before else ends + 1
                 if not self._replayable or (garbled is None and ends >= ENDS):
                     return
-            await anyio.sleep(PAUSES_S[min(losses, len(PAUSES_S) - 1)])
+            await anyio.sleep(step(PAUSES_S, losses))
             losses += lost is not None
             decoder.restart()
 

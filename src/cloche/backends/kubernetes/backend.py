@@ -17,6 +17,7 @@ import anyio
 from anyio import to_thread
 
 from cloche._kit.http import HttpFailure
+from cloche._kit.steps import step
 from cloche.backends.claims import Keeper
 from cloche.backends.contract import Box, Capabilities, Leftover, Profile
 from cloche.backends.kubernetes import diagnose, kubeconfig, leftovers, manifest, names, probe
@@ -215,7 +216,7 @@ class KubernetesBackend:
                 return await self._create(client, body)
             except Refused as exc:
                 error = diagnose.refusal(exc, "make a Job")
-                pause = QUOTA_PAUSES_S[min(tries, len(QUOTA_PAUSES_S) - 1)]
+                pause = step(QUOTA_PAUSES_S, tries)
                 if not isinstance(error, QuotaExceeded):
                     raise error from exc
                 if anyio.current_time() + pause > until:

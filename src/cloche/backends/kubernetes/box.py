@@ -18,6 +18,7 @@ import anyio
 from anyio import to_thread
 
 from cloche._kit.http import HttpFailure, Stream
+from cloche._kit.steps import step
 from cloche.backends.contract import Fate, FateKind
 from cloche.backends.kubernetes import diagnose, manifest
 from cloche.backends.kubernetes.client import KubernetesClient, OtherContent, Refused
@@ -125,7 +126,7 @@ class KubernetesBox:
             else:
                 self._held = None
                 return
-            await anyio.sleep(QUOTA_PAUSES_S[min(tries, len(QUOTA_PAUSES_S) - 1)])
+            await anyio.sleep(step(QUOTA_PAUSES_S, tries))
             tries += 1
 
     async def output(self) -> AsyncGenerator[bytes, None]:
@@ -135,7 +136,7 @@ class KubernetesBox:
             EngineLost: the log cannot be read now, or it ended and the pod has not; it can be asked again.
             ClocheError: the cluster says that the box cannot start.
         """
-        step = 0
+        looks = 0
         while (pod := await self._pod_with_log()) is not None:
             refused: Refused | None = None
             try:
@@ -155,8 +156,8 @@ class KubernetesBox:
                 return
             if self._follower.pod is not None and self._follower.pod.over:
                 return
-            await self._follower.news(LOG_STEPS_S[min(step, len(LOG_STEPS_S) - 1)])
-            step += 1
+            await self._follower.news(step(LOG_STEPS_S, looks))
+            looks += 1
 
     async def _has_ended(self, pod: Pod, why: str) -> None:
         """Wait a moment for the cluster to say that a pod without a log has ended too.
@@ -207,7 +208,7 @@ class KubernetesBox:
                     return pod
                 if pod.over:
                     return None
-            within_s = NO_POD_S if pod is None and looks == 0 else UNSURE_S[min(looks, len(UNSURE_S) - 1)]
+            within_s = NO_POD_S if pod is None and looks == 0 else step(UNSURE_S, looks)
             if not await self._follower.news(within_s):
                 looks += 1
                 await self._look_closer(mend=looks <= MENDS)

@@ -16,6 +16,7 @@ from typing import NoReturn
 import anyio
 
 from cloche._kit.http import HttpFailure
+from cloche._kit.steps import step
 from cloche.backends.kubernetes import names
 from cloche.backends.kubernetes.client import Expired, KubernetesClient, Refused
 from cloche.backends.kubernetes.facts import Pod
@@ -115,7 +116,7 @@ class Pods:
             _log.log(
                 logging.WARNING if failures == TOLD_AFTER else logging.DEBUG, "the watch of pods broke: %s", problem
             )
-            pause = PAUSES_S[min(failures, len(PAUSES_S)) - 1]
+            pause = step(PAUSES_S, failures - 1)
             await anyio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311 - so that not all come at once
 
     async def _list(self) -> str:
