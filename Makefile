@@ -16,7 +16,8 @@ C_SOURCES := $(wildcard src/cloche/supervisor/c/*.[ch])
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format types imports docs bench supervisor supervisor-all sanitize \
         engines-docker engines-docker-env engines-docker-down \
-        engines-kubernetes engines-kubernetes-env engines-kubernetes-down engines-vm wheel wheel-check clean
+        engines-kubernetes engines-kubernetes-env engines-kubernetes-down \
+        engines-opensandbox engines-opensandbox-env engines-opensandbox-down engines-vm wheel wheel-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +101,16 @@ engines-kubernetes-env: ## the variables by which the tests find it, to be evalu
 
 engines-kubernetes-down: ## end it, and leave nothing of it
 	@$(BIN)/python -m tests.engines.kubernetes down
+
+engines-opensandbox: setup ## start private OpenSandbox services for the tests (needs root and Go); GENERATIONS="old" for one
+	@$(BIN)/python -m tests.engines.opensandbox up $(GENERATIONS)
+	@echo 'Now let the tests find them: eval "$$(make --silent engines-opensandbox-env)"'
+
+engines-opensandbox-env: ## the variables by which the tests find them, to be evaluated by a shell
+	@$(BIN)/python -m tests.engines.opensandbox env
+
+engines-opensandbox-down: ## end them, and leave nothing of them
+	@$(BIN)/python -m tests.engines.opensandbox down
 
 engines-vm: setup ## prove the local backend in a virtual machine (needs root, qemu, debootstrap); VM_ARGS="--scene user-login"
 	$(BIN)/python -m tests.engines.vm $(VM_ARGS)

@@ -48,7 +48,7 @@ class Module:
         return cache.obtain(self.name, "\n".join(recipe), self._build)
 
     def _build(self, folder: Path) -> None:
-        _need_go()
+        need_go()
         if self.cgo:
             host.need("gcc", "pkg-config", "/usr/include/seccomp.h", "/usr/include/stdio.h")
         host.say(f"building {self.name}; minutes the first time, seconds from Go's own cache")
@@ -71,7 +71,12 @@ REGISTRY = Module("registry")
 MODULES = (RUNC, CONTAINERD, MOBY, GVISOR, REGISTRY)
 
 
-def _need_go() -> None:
+def need_go() -> None:
+    """See that Go is there, and new enough.
+
+    Raises:
+        MissingError: it is not.
+    """
     wanted = ".".join(map(str, GO))
     if shutil.which("go") is None:
         raise host.MissingError(
