@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -41,6 +42,40 @@ def cluster(_cluster: Kubernetes) -> Iterator[Kubernetes]:
     """A cluster in good order, whose API server is at a port of the loopback."""
     yield _cluster
     forget(_cluster.base)
+
+
+@pytest.fixture
+def place() -> str:
+    """The folder of this machine's locks."""
+    return owners.place_id(owners.state_folder())
+
+
+@pytest.fixture
+def alive() -> Iterator[str]:
+    """The name of an owner that lives."""
+    name = f"o{secrets.token_hex(8)}"
+    owner = owners.Owner(owners.state_folder(), name)
+    yield name
+    owner.close()
+
+
+@pytest.fixture
+def dead() -> Iterator[str]:
+    """The name of an owner that has died: its lock is there, and nobody holds it."""
+    # With something elsewhere: else the sweep of any other process on this machine may forget him meanwhile.
+    with died(note="of a test") as name:
+        yield name
+
+
+@contextlib.contextmanager
+def died(note: str) -> Iterator[str]:
+    """The name of an owner that has died, and had things at the place of this note."""
+    name = f"o{secrets.token_hex(8)}"
+    owner = owners.Owner(owners.state_folder(), name)
+    owner.note(note)
+    owner.close(left=True)
+    yield name
+    owners.state_folder().joinpath(f"{name}.owner").unlink(missing_ok=True)
 
 
 def forget(address: str) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import time
 from collections.abc import Iterator
 
 import pytest
+from tests.wire.conftest import died
 from tests.wire.docker import Docker
 from tests.wire.engine import Raw, Reply
 
 import cloche
-from cloche.backends import owners
 from cloche.backends.contract import Leftover
 from cloche.backends.docker import leftovers
 from cloche.backends.docker.backend import DockerBackend
@@ -26,43 +25,10 @@ OFFSETS = pytest.mark.parametrize("offset_s", [0.0, DAY_S, -DAY_S], ids=["same",
 
 
 @pytest.fixture
-def place() -> str:
-    """The folder of this machine's locks."""
-    return owners.place_id(owners.state_folder())
-
-
-@pytest.fixture
-def alive() -> Iterator[str]:
-    """The name of an owner that lives."""
-    name = f"o{secrets.token_hex(8)}"
-    owner = owners.Owner(owners.state_folder(), name)
-    yield name
-    owner.close()
-
-
-@pytest.fixture
-def dead() -> Iterator[str]:
-    """The name of an owner that has died: its lock is there, and nobody holds it."""
-    # With something elsewhere: else the sweep of any other process on this machine may forget him meanwhile.
-    with died(note="of a test") as name:
-        yield name
-
-
-@pytest.fixture
 def dead_here(docker: Docker) -> Iterator[str]:
     """The name of one who had nothing but things on this daemon."""
     with died(leftovers.note(docker.engine.address)) as name:
         yield name
-
-
-@contextlib.contextmanager
-def died(note: str) -> Iterator[str]:
-    name = f"o{secrets.token_hex(8)}"
-    owner = owners.Owner(owners.state_folder(), name)
-    owner.note(note)
-    owner.close(left=True)
-    yield name
-    owners.state_folder().joinpath(f"{name}.owner").unlink(missing_ok=True)
 
 
 async def sweep(docker: Docker) -> list[Leftover]:

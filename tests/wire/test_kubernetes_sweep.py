@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 from tests.wire.engine import DEFAULT, Raw, Reply, Word
@@ -12,7 +12,6 @@ from tests.wire.kubernetes import BATCH, CORE, HI, PARTIAL, Kubernetes, Pod, sta
 from tests.wire.runs import SPEC
 
 import cloche
-from cloche.backends import owners
 from cloche.backends.contract import Leftover
 from cloche.backends.kubernetes.backend import KubernetesBackend
 from cloche.runtime.life import Counters
@@ -23,32 +22,6 @@ ME = f"o{secrets.token_hex(8)}"
 DAY_S = 86400.0
 OFFSETS = pytest.mark.parametrize("offset_s", [0.0, DAY_S, -DAY_S], ids=["same", "ahead", "behind"])
 JOBS, MAPS = f"GET {BATCH}/jobs", f"GET {CORE}/configmaps"
-
-
-@pytest.fixture
-def place() -> str:
-    """The folder of this machine's locks."""
-    return owners.place_id(owners.state_folder())
-
-
-@pytest.fixture
-def alive() -> Iterator[str]:
-    """The name of an owner that lives."""
-    name = f"o{secrets.token_hex(8)}"
-    owner = owners.Owner(owners.state_folder(), name)
-    yield name
-    owner.close()
-
-
-@pytest.fixture
-def dead() -> Iterator[str]:
-    """The name of an owner that has died: its lock is there, and nobody holds it."""
-    name = f"o{secrets.token_hex(8)}"
-    owner = owners.Owner(owners.state_folder(), name)
-    owner.note("of a test")  # else the sweep of any other process on this machine may forget him meanwhile
-    owner.close(left=True)
-    yield name
-    owners.state_folder().joinpath(f"{name}.owner").unlink(missing_ok=True)
 
 
 async def sweep(cluster: Kubernetes) -> list[Leftover]:
