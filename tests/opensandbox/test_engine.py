@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,11 @@ class Events:
     """What a command said."""
 
     events: list[tuple[float, dict[str, Any]]]
-    streams: dict[str, list[str]] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.streams = {
+    @property
+    def streams(self) -> dict[str, list[str]]:
+        """The texts of each stream."""
+        return {
             name: [event.get("text", "") for _, event in self.events if event["type"] == name]
             for name in ("stdout", "stderr")
         }
@@ -145,12 +146,14 @@ def test_ends(sandbox: Sandbox, request_: dict[str, Any], last: str) -> None:
 
 
 def test_argv(sandbox: Sandbox, generation: str) -> None:
-    """The current generation starts programs without a shell, the older one does not know how."""
+    """The current generation starts programs without a shell, or a command with one; the older one knows the latter alone."""
     answer = sandbox.api.post(f"{sandbox.execd}/command", headers=TOKEN, json={"argv": ["echo", "$HOME"]})
     if generation == "old":
         assert (answer.status_code, answer.json()["code"]) == (400, "INVALID_REQUEST_BODY")
     else:
         assert '"text":"$HOME\\n"' in answer.text
+    both = sandbox.api.post(f"{sandbox.execd}/command", headers=TOKEN, json={"argv": ["true"], "command": "true"})
+    assert both.status_code == (200 if generation == "old" else 400)
 
 
 def test_interrupt(sandbox: Sandbox) -> None:

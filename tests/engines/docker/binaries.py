@@ -48,19 +48,10 @@ class Module:
         return cache.obtain(self.name, "\n".join(recipe), self._build)
 
     def _build(self, folder: Path) -> None:
-        need_go()
         if self.cgo:
             host.need("gcc", "pkg-config", "/usr/include/seccomp.h", "/usr/include/stdio.h")
         host.say(f"building {self.name}; minutes the first time, seconds from Go's own cache")
-        # The tests' engines are these modules in these versions, whatever this user's Go is told otherwise.
-        environ = {
-            **os.environ,
-            "CGO_ENABLED": str(int(self.cgo)),
-            "GOTOOLCHAIN": "local",
-            "GOWORK": "off",
-            "GOFLAGS": "",
-        }
-        host.run(*self.command, "-o", f"{folder}/{self.program}", "tool", env=environ, cwd=self.folder)
+        run_go(*self.command, "-o", f"{folder}/{self.program}", "tool", cwd=self.folder, cgo=self.cgo)
 
 
 RUNC = Module("runc", ldflags="-X main.version=1.5.2", tags="seccomp", cgo=True)
@@ -71,12 +62,20 @@ REGISTRY = Module("registry")
 MODULES = (RUNC, CONTAINERD, MOBY, GVISOR, REGISTRY)
 
 
-def need_go() -> None:
-    """See that Go is there, and new enough.
+def run_go(*command: str, cwd: Path, cgo: bool = False) -> None:
+    """Run a command of Go's, in a folder with a go.mod, which alone decides on modules and versions: not what this user's Go is
+    told otherwise.
 
     Raises:
-        MissingError: it is not.
+        MissingError: there is no Go, or it is too old.
+        subprocess.CalledProcessError: it failed.
     """
+    _need_go()
+    environ = {**os.environ, "CGO_ENABLED": str(int(cgo)), "GOTOOLCHAIN": "local", "GOWORK": "off", "GOFLAGS": ""}
+    host.run(*command, env=environ, cwd=cwd)
+
+
+def _need_go() -> None:
     wanted = ".".join(map(str, GO))
     if shutil.which("go") is None:
         raise host.MissingError(

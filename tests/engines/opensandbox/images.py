@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tests.engines.docker import binaries, host, images
+from tests.engines.docker import binaries, images
 from tests.engines.docker.images import ENVIRONMENT, Image
 
 Generation = Literal["current", "old"]
@@ -38,10 +38,8 @@ def execd(generation: Generation) -> Execd:
     """The image with an execd of that generation."""
 
     def make(tree: Path) -> None:
-        binaries.need_go()
-        environ = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off", "GOFLAGS": ""}
-        command = ["go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", str(tree / "execd"), "."]
-        host.run(*command, env=environ, cwd=HERE / "execd")
+        flags = ("-trimpath", "-buildvcs=false", "-ldflags=-s -w")
+        binaries.run_go("go", "build", *flags, "-o", str(tree / "execd"), ".", cwd=HERE / "execd")
         option = "--current" if generation == "current" else ""
         bootstrap = tree / "bootstrap.sh"
         bootstrap.write_text(HERE.joinpath("bootstrap.sh").read_text().replace("GENERATION", option))

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +25,8 @@ REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 PORT = 8080
 INSIDE = "outside0"
 """The device's name in the daemon's network."""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Whatever proxy this user has: it does not reach the service."""
 CONFIG = """\
 [server]
 host = "{address}"
@@ -73,14 +73,13 @@ def _install(folder: Path) -> None:
 
 
 class Service(Daemon):
-    """An OpenSandbox server and its Docker daemon. The server can be killed, and started again, on its own."""
+    """An OpenSandbox server and its Docker daemon."""
 
     def __init__(self, generation: Generation, folder: Path, *, owned: bool = True) -> None:
         super().__init__("current", folder, owned=owned)
         self.generation: Generation = generation
         self.link = LINKS[generation]
         self.url = f"http://{self.link.there}:{PORT}"
-        self._server: subprocess.Popen[bytes] | None = None
 
     @property
     def key(self) -> str:
@@ -97,7 +96,7 @@ class Service(Daemon):
         super().start()
         self.add(images.SANDBOX, images.execd(self.generation))
         self._join()
-        self.start_server()
+        self._start_server()
 
     def _join(self) -> None:
         if Path("/sys/class/net", self.link.device).exists():
@@ -109,12 +108,8 @@ class Service(Daemon):
         host.run(*self.enter("ip", "address", "add", f"{self.link.there}/24", "dev", INSIDE))
         host.run(*self.enter("ip", "link", "set", INSIDE, "up"))
 
-    def start_server(self) -> None:
-        """Start the server alone, and wait until it answers.
-
-        Raises:
-            RuntimeError: it does not start; the message has the end of its log.
-        """
+    def _start_server(self) -> None:
+        """Raises: RuntimeError: it does not start; the message has the end of its log."""
         if self.server_answers():
             return
         home = self.folder / "home"
@@ -133,11 +128,11 @@ class Service(Daemon):
         )
         program = ("-c", "import sys; from opensandbox_server.cli import main; sys.exit(main())")
         environ = {"PATH": os.environ["PATH"], "HOME": str(home), "DOCKER_HOST": self.host}
-        self._server = self._run(environ, "server.log", str(python()), *program, "--config", str(config))
-        self._others.append(self._server)
+        server = self._run(environ, "server.log", str(python()), *program, "--config", str(config))
+        self._others.append(server)
         end = time.monotonic() + START_S
         while not self.server_answers():
-            if self._server.poll() is not None or time.monotonic() > end:
+            if server.poll() is not None or time.monotonic() > end:
                 said = self.folder.joinpath("server.log").read_text(errors="replace")
                 raise RuntimeError(f"the OpenSandbox server does not start; its log ends so:\n{said[-3000:]}")
             time.sleep(0.05)
@@ -145,15 +140,7 @@ class Service(Daemon):
     def server_answers(self) -> bool:
         """Whether the server is there."""
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+            with _DIRECT.open(f"{self.url}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
-        except (OSError, urllib.error.URLError):
+        except OSError:
             return False
-
-    def kill_server(self) -> None:
-        """Kill the server alone: its sandboxes live on. Only by the object that has started it."""
-        if self._server is None:
-            raise RuntimeError("this object has not started a server")
-        for child in host.children(self._server.pid):
-            os.kill(child, 9)
-        self._server.wait()

@@ -70,10 +70,10 @@ func (s *server) runCommand(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	argv := request.Argv
-	if len(argv) > 0 && (!s.hasArgv || request.Command != "") {
+	if !s.hasArgv {
 		argv = nil
 	}
-	if len(argv) == 0 && request.Command == "" {
+	if (len(argv) > 0) == (request.Command != "") { // one of the two
 		fail(w, http.StatusBadRequest, "INVALID_REQUEST_BODY", "error validating request, invalid value: command")
 		return
 	}
