@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests import clusters, daemons
+from tests import clusters, daemons, services
 
 GRACE_S = 5.0
 """Removal goes on after a result. On a busy machine it takes a while; what is still there after this time is left behind."""
@@ -26,8 +26,9 @@ LASTING = ("shelf", "place")
 
 def now() -> frozenset[str]:
     """All there is at this moment, as text for people."""
-    containers = daemons.all_remains(frozenset(_owners_of_others()))
-    return frozenset({*_processes(), *_cgroups(), *_owner_files(), *_folders(), *containers, *clusters.all_remains()})
+    others = frozenset(_owners_of_others())
+    engines = {*daemons.all_remains(others), *clusters.all_remains(), *services.all_remains(others)}
+    return frozenset({*_processes(), *_cgroups(), *_owner_files(), *_folders(), *engines})
 
 
 def beside_standby() -> frozenset[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import anyio
-from tests import clusters, daemons, leftovers
+from tests import clusters, daemons, leftovers, services
 from tests.kubernetes import deployment
 
 from cloche.testing.conformance import Target, absent
@@ -117,6 +117,42 @@ def kubernetes() -> Target:
     )
 
 
+def _service(mode: str) -> Target:
+    """A service that environment variables name.
+
+    Raises:
+        Unset: they do not.
+    """
+    service = services.find(mode)
+    if service is None:
+        variable = f"{services.PREFIXES[mode]}_API_URL"
+        raise Unset(f"{variable} is not set (make engines-opensandbox starts services for the tests)")
+    return Target(
+        "opensandbox",
+        {
+            "CLOCHE_OPENSANDBOX_API_URL": service.url,
+            "CLOCHE_OPENSANDBOX_API_KEY": service.key,
+            "CLOCHE_IMAGE": os.environ.get("CLOCHE_TEST_OPENSANDBOX_IMAGE", "cloche-test/sandbox-root:1"),
+        },
+        interpreters=frozenset({"python3", "sh", "bash", "node", "perl"}),
+        on_this_host=bool(service.docker_host),
+        dies_with_client=False,
+        bounds_disks=False,
+        count_boxes=lambda: len(service.boxes()),
+        remains=lambda: frozenset(services.remains(service)),
+    )
+
+
+def opensandbox() -> Target:
+    """The service of CLOCHE_TEST_OPENSANDBOX_API_URL."""
+    return _service("opensandbox")
+
+
+def opensandbox_old() -> Target:
+    """One whose execd is as it was up to 1.1.0."""
+    return _service("opensandbox-old")
+
+
 MODES: Mapping[str, Callable[[], Target]] = {
     "local": local,
     "docker": docker,
@@ -124,9 +160,11 @@ MODES: Mapping[str, Callable[[], Target]] = {
     "docker-old": docker_old,
     "podman": podman,
     "kubernetes": kubernetes,
+    "opensandbox": opensandbox,
+    "opensandbox-old": opensandbox_old,
 }
 """By the name of CLOCHE_MUST_WORK. There can be several targets of one mode."""
-EXTRAS = ("docker-guest", "docker-old", "podman")
+EXTRAS = ("docker-guest", "docker-old", "podman", "opensandbox-old")
 """Engines of a kind that is tried elsewhere too: each has to be demanded by its own name."""
 
 

@@ -7,6 +7,7 @@ nothing (``CLOCHE_IMAGE=``, as compose files and charts write for "not given") c
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import os
 import re
@@ -134,6 +135,16 @@ def _check_annotations(annotations: dict[str, str]) -> dict[str, str]:
     return annotations
 
 
+def _check_hosts(entries: tuple[str, ...]) -> tuple[str, ...]:
+    for entry in entries:
+        if "/" in entry or ":" in entry:
+            ipaddress.ip_network(entry.strip("[]"), strict=False)
+        elif not _HOST.fullmatch(entry):
+            raise ValueError(f"{entry} is neither a host nor a network")
+    return entries
+
+
+_HOST = re.compile(r"\*|(\*\.)?[A-Za-z0-9_]([A-Za-z0-9._-]{0,252})")
 _LABEL_WORD = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
@@ -539,11 +550,12 @@ class Settings(BaseModel):
     opensandbox_api_url: str | None = _setting(
         None,
         "Address of the OpenSandbox service.",
-        allowed="an address that begins with http:// or https://",
+        allowed="an address such as https://sandbox.example, http://10.1.2.3:8080 or sandbox.example, which means https",
         unset="the mode opensandbox is unavailable",
         why="there is no public service",
         alias=(_WEKNORA + "OPENSANDBOX_API_URL",),
-        pattern=r"^https?://[^\s/]",
+        pattern=r"^(https?://([^\s/?#@]+@)?)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[A-Za-z0-9._~/-]*)?$",
+        max_length=1024,
         repr=False,  # an address may hold a password
     )
     opensandbox_api_key: SecretStr | None = _setting(
@@ -554,12 +566,19 @@ class Settings(BaseModel):
         why="a secret has no default",
         alias=(_WEKNORA + "OPENSANDBOX_API_KEY",),
     )
-    ssrf_whitelist: Names = _setting(
+    opensandbox_server_proxy: bool = _setting(
+        False,
+        "Whether sandboxes are reached through the OpenSandbox service itself rather than at the address that it tells for each.",
+        allowed="true or false",
+        why="the direct way is quicker, and the service's own has 100 connections for all its users",
+    )
+    ssrf_whitelist: Annotated[Names, AfterValidator(_check_hosts)] = _setting(
         (),
-        "Hosts that callers may name although they are private, with commas between.",
-        allowed="hosts or networks with commas between",
-        unset="none",
-        why="a private address in a request is an attack until someone says otherwise",
+        "Where else than at its own host an OpenSandbox service may say that a sandbox is, with commas between: hosts, all hosts "
+        "below a name (only at public addresses), addresses and networks.",
+        allowed="a list such as box.example,*.boxes.example,10.1.0.0/16",
+        unset="only at the host of `CLOCHE_OPENSANDBOX_API_URL`",
+        why="a service that lies must not send cloche into a private network",
         alias=("SSRF_WHITELIST",),
     )
     log: Literal["debug", "info", "warning", "error", "critical"] = _setting(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
@@ -18,3 +19,15 @@ def field(found: object, name: str, kind: type[_T], otherwise: _T) -> _T:
 def texts(value: object) -> list[str]:
     """The strings of a list."""
     return [item for item in value if isinstance(item, str)] if isinstance(value, Sequence) else []
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON that came from outside.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None

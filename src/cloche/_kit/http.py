@@ -5,9 +5,10 @@ Everything else in the package speaks to servers through this module; nothing el
 
 from __future__ import annotations
 
+import email.utils
 import json
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -17,10 +18,14 @@ import anyio
 import httpcore2  # what httpx2 itself stands on: the errors of a connection that has left HTTP are still its own
 import httpx2
 
-from cloche._kit.streams import Backend
+from cloche._kit.fields import parse_json
+from cloche._kit.streams import Backend, GuardedBackend, IPAddress, NotAllowedError
 
 Query: TypeAlias = Mapping[str, str | int | bool]
 """Parameters behind the ``?``. Booleans are written as ``true`` and ``false``."""
+
+Part: TypeAlias = tuple[str, bytes]
+"""A file of a form (multipart/form-data): the field's name, which is the file's too, and its content."""
 
 CONNECT_S = 10.0
 """For a connection to be there; a local socket takes microseconds, another continent a second."""
@@ -43,6 +48,15 @@ class ConnectFailure(HttpFailure):
 
 class TlsFailure(ConnectFailure):
     """The server was reached and the two could not agree on TLS."""
+
+
+class NotAllowed(ConnectFailure):
+    """Connections to ``host`` are not allowed, as it is at ``address``. Nothing was sent."""
+
+    def __init__(self, host: str, address: str) -> None:
+        super().__init__(f"connections to {host} ({address}) are not allowed")
+        self.host = host
+        self.address = address
 
 
 class ConnectionLost(HttpFailure):
@@ -90,6 +104,14 @@ class Answer:
         """Whether the status is one of 2xx."""
         return 200 <= self.status < 300
 
+    @property
+    def server_time(self) -> float | None:
+        """Unix time in seconds by the server's clock, to half a second; None: it does not say."""
+        try:
+            return email.utils.parsedate_to_datetime(self.headers.get("date", "")).timestamp() + 0.5
+        except (TypeError, ValueError, OverflowError):
+            return None
+
     def json(self) -> Any:
         """The body, parsed.
 
@@ -99,16 +121,9 @@ class Answer:
         return parse_json(self.body)
 
 
-def parse_json(data: bytes) -> Any:
-    """JSON that came from outside.
-
-    Raises:
-        ValueError: it is not JSON, or nested too deeply to be read.
-    """
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
+def trusted_by_system() -> ssl.SSLContext:
+    """TLS with the authorities that the system trusts. Blocks: they take some tens of milliseconds to load."""
+    return httpx2.create_ssl_context()
 
 
 def segment(text: str) -> str:
@@ -171,13 +186,16 @@ class Stream:
 
 
 class HttpClient:
-    """A client of one server. Connections are kept and used again; there may be any number of them at a time."""
+    """A client of one server. Connections are kept and used again; there may be any number of them at a time.
 
-    def __init__(self, server: Server) -> None:
+    ``allowed`` is asked with the host's name and the address that would be dialled, for each connection.
+    """
+
+    def __init__(self, server: Server, *, allowed: Callable[[str, IPAddress], bool] | None = None) -> None:
         self.server = server
         self._client = httpx2.AsyncClient(
             base_url=server.base,
-            transport=_transport(server),
+            transport=_transport(server, Backend() if allowed is None else GuardedBackend(allowed)),
             trust_env=False,  # a proxy of the environment is not on the way to an engine
             follow_redirects=False,
         )
@@ -193,16 +211,17 @@ class HttpClient:
         *,
         query: Query | None = None,
         body: bytes | object | None = None,
+        parts: Sequence[Part] | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float,
         max_bytes: int,
     ) -> Answer:
-        """One request and its whole answer. A ``body`` that is not bytes is sent as JSON.
+        """One request and its whole answer. A ``body`` that is not bytes is sent as JSON, ``parts`` as a form's files.
 
         Raises:
             HttpFailure: see its subclasses. An answer with an error status is an answer.
         """
-        request = self._build(method, path, query, body, headers, timeout_s)
+        request = self._build(method, path, query, body, headers, timeout_s, parts)
         # In all, however slowly it drips.
         with _translated(), anyio.fail_after(timeout_s):
             response = await self._client.send(request, stream=True)
@@ -223,6 +242,7 @@ class HttpClient:
         path: str,
         *,
         query: Query | None = None,
+        body: object | None = None,
         headers: Mapping[str, str] | None = None,
         idle_s: float | None,
     ) -> AsyncIterator[Stream]:
@@ -231,7 +251,7 @@ class HttpClient:
         Raises:
             HttpFailure: see its subclasses.
         """
-        request = self._build(method, path, query, None, headers, idle_s)
+        request = self._build(method, path, query, body, headers, idle_s)
         with _translated():
             response = await self._client.send(request, stream=True)
         try:
@@ -264,7 +284,7 @@ class HttpClient:
             with anyio.CancelScope(shield=True):
                 await response.aclose()
 
-    def _build(
+    def _build(  # noqa: PLR0913 (as above)
         self,
         method: str,
         path: str,
@@ -272,6 +292,7 @@ class HttpClient:
         body: bytes | object | None,
         headers: Mapping[str, str] | None,
         timeout_s: float | None,
+        parts: Sequence[Part] | None = None,
     ) -> httpx2.Request:
         given: dict[str, str] = dict(headers or {})
         if body is not None and not isinstance(body, bytes):
@@ -281,13 +302,20 @@ class HttpClient:
         timeout = httpx2.Timeout(timeout_s, connect=CONNECT_S)
         extensions = {} if self.server.name is None else {"sni_hostname": self.server.name}
         return self._client.build_request(
-            method, path, params=params or None, content=body, headers=given, timeout=timeout, extensions=extensions
+            method,
+            path,
+            params=params or None,
+            content=body,
+            files=None if parts is None else [(name, (name, content)) for name, content in parts],
+            headers=given,
+            timeout=timeout,
+            extensions=extensions,
         )
 
 
-def _transport(server: Server) -> httpx2.AsyncHTTPTransport:
+def _transport(server: Server, backend: Backend) -> httpx2.AsyncHTTPTransport:
     # The system's authorities take a while to load; an address without TLS has no use for them.
-    tls = server.tls or (httpx2.create_ssl_context() if server.base.startswith("https:") else _NO_TLS)
+    tls = server.tls or (trusted_by_system() if server.base.startswith("https:") else _NO_TLS)
     transport = httpx2.AsyncHTTPTransport(verify=tls, trust_env=False)
     # httpx2 does not take a way to connect. Should it keep its connections elsewhere one day, requests are made all the same,
     # and the tests of cancelled ones say so.
@@ -297,7 +325,7 @@ def _transport(server: Server) -> httpx2.AsyncHTTPTransport:
         max_keepalive_connections=KEPT_CONNECTIONS,
         keepalive_expiry=KEPT_S,
         uds=server.socket,
-        network_backend=Backend(),
+        network_backend=backend,
     )
     return transport
 
@@ -311,6 +339,8 @@ def _translated() -> Iterator[None]:
     """Foreign errors become ours, here and nowhere else."""
     try:
         yield
+    except NotAllowedError as exc:
+        raise NotAllowed(exc.host, exc.address) from None
     except httpx2.ConnectTimeout as exc:
         raise ConnectFailure(f"no connection within {CONNECT_S:g} s") from exc
     except httpx2.ConnectError as exc:

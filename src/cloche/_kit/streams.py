@@ -9,16 +9,28 @@ For TCP it does not close a connection on which TLS was being agreed upon when t
 
 from __future__ import annotations
 
+import ipaddress
 import select
 import socket
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import anyio
 import anyio.lowlevel
 import httpcore2
+
+IPAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class NotAllowedError(Exception):
+    """Connections to a host are not allowed, as it is at an address."""
+
+    def __init__(self, host: str, address: str) -> None:
+        super().__init__(host, address)
+        self.host = host
+        self.address = address
 
 
 class UnixStream(httpcore2.AsyncNetworkStream):
@@ -169,3 +181,42 @@ class Backend(httpcore2.AnyIOBackend):
             connecting.close()
             raise
         return UnixStream(connecting)
+
+
+class GuardedBackend(Backend):
+    """Connects only to what is allowed. It is the address that is dialled of which that is asked: a name that leads elsewhere
+    a moment later gains nothing.
+    """
+
+    def __init__(self, allowed: Callable[[str, IPAddress], bool]) -> None:
+        super().__init__()
+        self._allowed = allowed
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 (httpcore2's signature)
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        """Connect to the first of the host's addresses that is allowed and answers.
+
+        Raises:
+            httpcore2.ConnectTimeout, httpcore2.ConnectError.
+            NotAllowedError: none is allowed.
+        """
+        problem: Exception | None = None
+        with _translated(httpcore2.ConnectTimeout, httpcore2.ConnectError), anyio.fail_after(timeout):
+            found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+            allowed = [a for a in addresses if self._allowed(host, ipaddress.ip_address(a))]
+            if not allowed:
+                raise NotAllowedError(host, ", ".join(addresses))
+            for address in allowed:
+                try:
+                    return await super().connect_tcp(address, port, timeout, local_address, socket_options)
+                except httpcore2.ConnectError as exc:
+                    problem = exc
+        assert problem is not None
+        raise problem

@@ -41,7 +41,19 @@ def _kubernetes(settings: Settings, owner: str) -> Backend:
     return KubernetesBackend(settings, owner)
 
 
+def _opensandbox(settings: Settings, owner: str) -> Backend:
+    from cloche.backends.opensandbox.backend import OpenSandboxBackend
+
+    return OpenSandboxBackend(settings, owner)
+
+
 TABLE: Mapping[str, BackendFactory] = MappingProxyType(
-    {Mode.DISABLED: _disabled, Mode.LOCAL: _local, Mode.DOCKER: _docker, Mode.KUBERNETES: _kubernetes}
+    {
+        Mode.DISABLED: _disabled,
+        Mode.LOCAL: _local,
+        Mode.DOCKER: _docker,
+        Mode.KUBERNETES: _kubernetes,
+        Mode.OPENSANDBOX: _opensandbox,
+    }
 )
 """The modes of this version."""

@@ -17,8 +17,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from cloche._kit.fields import field
-from cloche._kit.http import Answer, Connection, ConnectionLost, HttpClient, Server, parse_json, segment
+from cloche._kit.fields import field, parse_json
+from cloche._kit.http import Answer, Connection, ConnectionLost, HttpClient, Server, segment
 from cloche.backends.docker import facts
 from cloche.backends.docker.facts import Image, Info, Labelled, State, Version
 from cloche.backends.docker.images import Reference

@@ -11,8 +11,6 @@ breaks. That is all of them: what is made has a name of ours, so that "there is 
 
 from __future__ import annotations
 
-import contextlib
-import email.utils
 import json
 import logging
 import random
@@ -26,7 +24,7 @@ from typing import Any
 import anyio
 from anyio import to_thread
 
-from cloche._kit.fields import field
+from cloche._kit.fields import field, parse_json
 from cloche._kit.http import (
     Answer,
     ConnectionLost,
@@ -37,7 +35,6 @@ from cloche._kit.http import (
     Stream,
     TlsFailure,
     TooLarge,
-    parse_json,
     segment,
 )
 from cloche.backends.kubernetes import facts, names
@@ -451,10 +448,8 @@ class KubernetesClient:
             await line.http.aclose()
 
     def _note_time(self, answer: Answer) -> None:
-        self._offset_s = self._offset_s or 0.0
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            told = email.utils.parsedate_to_datetime(answer.headers.get("date", "")).timestamp()
-            self._offset_s = told + 0.5 - time.time()  # it tells whole seconds
+        told = answer.server_time
+        self._offset_s = (self._offset_s or 0.0) if told is None else told - time.time()
 
 
 def _same_data(found: object, wanted: Mapping[str, Any]) -> bool:

@@ -47,6 +47,9 @@ class Target:
     seals_workspace: bool = True
     """Whether modes and times of what is delivered are out of the script's reach too, as its contents are everywhere. Where an
     engine gives supervisor and script one uid, they are not."""
+    bounds_disks: bool = True
+    """Whether each writable place has a size. Where an engine cannot mount, /output and /tmp have that of its disk, and only a
+    single file is bounded."""
     dies_with_client: bool = True
     """Whether the engine kills a box when its client is killed (else only sweep removes it)."""
     count_boxes: Callable[[], int] | None = None

@@ -1,0 +1,310 @@
+"""One sandbox, from the moment that the service has made it to the supervisor's last frame.
+
+The result is there with the last frame. What the stream of the command does after it, and before its end, nobody waits for:
+execd up to 1.1.0 keeps it open for a second.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import anyio
+
+from cloche._kit.http import HttpFailure, NotAllowed, Stream, TlsFailure
+from cloche._kit.steps import step
+from cloche.backends.contract import Fate, FateKind
+from cloche.backends.opensandbox import diagnose, facts, manifest
+from cloche.backends.opensandbox.address import Endpoint, Place
+from cloche.backends.opensandbox.client import OpenSandboxClient, Refused
+from cloche.backends.opensandbox.events import Begun, Decoder, Ended, Event, EventError, Printed
+from cloche.backends.opensandbox.execd import Execd
+from cloche.backends.opensandbox.facts import Sandbox
+from cloche.errors import BackendUnavailable, ClocheError, IsolationUnavailable, PermissionDenied, ProtocolError
+from cloche.supervisor.bundle import Bundle
+
+READY_STEPS_S = (0.005, 0.005, 0.01, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
+"""Between two looks whether execd is there; the last one is repeated."""
+LOOK_S = 0.3
+"""A sandbox whose execd is not there after so long is looked at, and again after as long: it may be dead."""
+INTERRUPT_S = 0.5
+"""For a request to end the command to be on its way; its answer comes when the command has ended."""
+MAX_WORDS = 2000
+_NO_PROGRAM = frozenset({None, 126, 127})
+"""What a shell, or execd itself, says of a program that cannot be started."""
+
+_log = logging.getLogger("cloche.opensandbox")
+
+
+@dataclass(slots=True)
+class Service:
+    """What all boxes of a service share."""
+
+    client: OpenSandboxClient
+    program: Callable[[str], Awaitable[bytes]]
+    """Gives the supervisor for an architecture."""
+    proxied: bool
+    """Whether execd is reached through the service."""
+    argv: bool = True
+    """Whether its execd takes a list of arguments; one run finds out that it does not. Up to 1.1.0 it takes a shell's text."""
+
+
+class OpenSandboxBox:
+    """A sandbox. ``command`` is the supervisor's; ``reach`` makes a client of its execd at a place."""
+
+    def __init__(
+        self, service: Service, name: str, command: Sequence[str], reach: Callable[[Place, Mapping[str, str]], Execd]
+    ) -> None:
+        self._service = service
+        self._client = service.client
+        self._name = name
+        self._argv = command
+        self._reach = reach
+        self._execd: Execd | None = None
+        self._fed = anyio.Event()
+        self._stopped = False
+        self._command = ""
+        self._ended: Ended | None = None
+        self._words = ""
+        """What the command wrote to stderr: the supervisor itself writes nothing there."""
+        self._trouble = ""
+        """What went wrong last."""
+
+    async def aclose(self) -> None:
+        """Close the connections to the sandbox."""
+        if self._execd is not None:
+            await self._execd.aclose()
+
+    async def feed(self, bundle: Bundle) -> None:
+        """Upload the supervisor and the bundle, once execd is there.
+
+        Raises:
+            ClocheError: the sandbox does not come up, or cannot be reached, or does not take them.
+        """
+        try:
+            execd = self._execd = await self._connect()
+            program = await self._service.program(await execd.machine())
+            files = [(manifest.SUPERVISOR, 0o700, program), (manifest.BUNDLE, 0o600, b"".join(bundle.records()))]
+            await execd.upload(manifest.upload(files))
+        except Refused as exc:
+            raise await self._not_taken(exc) from exc
+        except HttpFailure as exc:
+            self._trouble = str(exc)
+            sandbox = await self._look()
+            if sandbox is not None and not sandbox.dead:
+                raise BackendUnavailable(
+                    f"The sandbox {self._name} was lost while it was being fed: {exc}.",
+                    hint="Run again; look at the service's log if it lasts.",
+                    retryable=True,
+                ) from exc
+            self._execd = None
+        self._fed.set()
+
+    async def _connect(self) -> Execd:
+        """Wait for execd.
+
+        Raises:
+            ClocheError: it will not come.
+        """
+        endpoint: Endpoint | None = None
+        looked_at, looks = anyio.current_time(), 0
+        while True:
+            try:
+                if endpoint is None:
+                    endpoint = await self._client.endpoint(self._name, proxied=self._service.proxied)
+                if (execd := await self._try(endpoint)) is not None:
+                    return execd
+            except ValueError as exc:
+                raise ProtocolError(
+                    f"The service says something that is no address of the sandbox {self._name}: {exc}.",
+                    hint=f"Look at the service's eip and host_ip ({diagnose.DOCS}).",
+                ) from exc
+            except (Refused, HttpFailure) as exc:
+                self._trouble = str(exc)
+                if isinstance(exc, Refused) and exc.status in {401, 403}:
+                    raise diagnose.refusal(exc, "tell where the sandbox is") from exc
+            await anyio.sleep(step(READY_STEPS_S, looks))
+            looks += 1
+            if anyio.current_time() - looked_at >= LOOK_S:
+                looked_at = anyio.current_time()
+                await self._check_alive()
+
+    async def _try(self, endpoint: Endpoint) -> Execd | None:
+        """Whether execd answers at one of the places. None: not yet.
+
+        Raises:
+            ClocheError: it never will.
+        """
+        for place in endpoint.places:
+            execd = self._reach(place, endpoint.headers)
+            try:
+                await execd.ping()
+            except NotAllowed as exc:
+                await execd.aclose()
+                raise diagnose.not_allowed(exc) from exc
+            except TlsFailure as exc:
+                await execd.aclose()
+                raise diagnose.unreachable(exc, place, "let us speak to the sandbox") from exc
+            except (HttpFailure, Refused) as exc:
+                await execd.aclose()
+                self._trouble = f"{place.shown} does not answer: {exc}"
+                if isinstance(exc, Refused) and exc.status == 401:
+                    raise _another_ones(self._name, exc) from exc
+            except BaseException:
+                with anyio.CancelScope(shield=True):
+                    await execd.aclose()
+                raise
+            else:
+                return execd
+        return None
+
+    async def _check_alive(self) -> None:
+        """Raises: BackendUnavailable: the sandbox is dead, or gone."""
+        sandbox = await self._look()
+        if sandbox is None:
+            raise BackendUnavailable(f"The sandbox {self._name} was removed before it was ready.", retryable=True)
+        if sandbox.dead:
+            raise BackendUnavailable(
+                f"The sandbox {self._name} ended before it was ready: {_said(sandbox)}.",
+                hint="Its image needs /bin/sh, and tail, mkdir, touch, dirname, printf, tr and id on its PATH.",
+            )
+
+    async def _look(self) -> Sandbox | None:
+        """The sandbox; of one that cannot be asked for we know only its name. None: it is gone."""
+        try:
+            return await self._client.sandbox(self._name)
+        except (Refused, HttpFailure) as exc:
+            _log.debug("the service does not tell of %s: %s", self._name, exc)
+            return Sandbox(self._name)
+
+    async def _not_taken(self, exc: Refused) -> ClocheError:
+        """Why execd takes no files."""
+        if exc.status == 401:
+            return _another_ones(self._name, exc)
+        uid = ""
+        try:
+            if self._execd is not None:
+                uid = await self._execd.says("id -u")
+        except (Refused, HttpFailure) as problem:
+            _log.debug("who execd runs as is not known: %s", problem)
+        if uid.isdecimal() and uid != "0":
+            return _no_root(uid)
+        return BackendUnavailable(
+            f"The sandbox {self._name} does not take the supervisor: {exc}.", hint="Look at the room on the service's disks."
+        )
+
+    async def output(self) -> AsyncGenerator[bytes, None]:
+        """What the supervisor writes, once it has been fed, up to the end of the command.
+
+        Raises:
+            ClocheError: the command is not started, or what comes is no stream of events.
+        """
+        await self._fed.wait()
+        if self._execd is None or self._stopped:
+            return
+        try:
+            while True:
+                body = manifest.command(self._argv, shell=not self._service.argv)
+                try:
+                    async with self._execd.command(body) as stream, aclosing(self._frames(stream)) as frames:
+                        async for chunk in frames:
+                            yield chunk
+                        return
+                except Refused as exc:
+                    if not self._service.argv or exc.status != 400:
+                        raise
+                    self._service.argv = False  # execd up to 1.1.0 misses the text for a shell
+        except Refused as exc:
+            raise BackendUnavailable(f"The sandbox {self._name} does not start the supervisor: {exc}.") from exc
+        except HttpFailure as exc:
+            self._trouble = str(exc)  # the service may know what became of the sandbox
+        except EventError as exc:
+            raise ProtocolError(f"What comes from the sandbox {self._name} is no stream of events: {exc}.") from exc
+
+    async def _frames(self, stream: Stream) -> AsyncGenerator[bytes, None]:
+        """The lines that the supervisor wrote. Its frames are such lines, so that nothing depends on whether execd leaves their
+        ends in the text.
+        """
+        events = Decoder()
+        async with aclosing(stream.chunks()) as chunks:
+            async for chunk in chunks:
+                for line in [line for event in events.feed(chunk) for line in await self._take(event)]:
+                    yield line
+                if self._ended is not None:
+                    return
+        for line in [line for event in events.finish() for line in await self._take(event)]:
+            yield line
+        if self._ended is None:
+            self._trouble = "the command's stream ended before the command"
+
+    async def _take(self, event: Event) -> list[bytes]:
+        match event:
+            case Begun(command=command):
+                self._command = command if facts.is_id(command) else ""
+                if self._stopped:
+                    await self._interrupt()
+            case Printed(stream="stdout", text=text):
+                line = text.encode("utf-8", "replace")
+                return [line if line.endswith(b"\n") else line + b"\n"]
+            case Printed(text=text):
+                self._words = (self._words + text)[:MAX_WORDS]
+            case Ended():
+                self._ended = event
+        return []
+
+    async def stop(self) -> None:
+        """Have the supervisor sent SIGTERM; one that has not been started yet never is."""
+        self._stopped = True
+        if not self._fed.is_set():
+            self._fed.set()
+        else:
+            await self._interrupt()
+
+    async def _interrupt(self) -> None:
+        if self._execd is None or not self._command:
+            return
+        with anyio.move_on_after(INTERRUPT_S):
+            try:
+                await self._execd.interrupt(self._command)
+            except (Refused, HttpFailure) as exc:
+                _log.debug("the command of %s is not interrupted: %s", self._name, exc)
+
+    async def fate(self, *, ended: bool) -> Fate:
+        """The service's word; ``ended`` changes nothing in it, since the service asks its engine each time."""
+        del ended
+        try:
+            sandbox = await self._client.sandbox(self._name)
+        except (Refused, HttpFailure) as exc:
+            return Fate(FateKind.LOST, f"{self._trouble or 'The sandbox says nothing'}; the service cannot tell why: {exc}.")
+        if sandbox is None:
+            return Fate(FateKind.DELETED, f"The sandbox {self._name} is gone.")
+        if sandbox.dead:
+            return Fate(FateKind.EXITED, f"The sandbox {self._name} has ended: {_said(sandbox)}.")
+        if self._ended is not None:
+            words = facts.shortened(self._words) or self._ended.message
+            if self._ended.exit_code in _NO_PROGRAM:
+                return Fate(FateKind.NOT_STARTED, f"The supervisor cannot be started in the sandbox: {words}.")
+            return Fate(FateKind.EXITED, f"The supervisor ended with {self._ended.exit_code}: {words}.")
+        state = f"The sandbox {self._name} is {sandbox.state or 'in no known state'}"
+        return Fate(FateKind.LOST, f"{state}; {self._trouble}." if self._trouble else f"{state}.")
+
+
+def _said(sandbox: Sandbox) -> str:
+    return (sandbox.message or sandbox.reason or sandbox.state).rstrip(".")
+
+
+def _another_ones(name: str, exc: Refused) -> PermissionDenied:
+    return PermissionDenied(
+        f"What answers for the sandbox {name} does not know its token: {exc}.",
+        hint="It is another sandbox: the service runs in Docker's host mode, where all share one port. Set its network_mode to"
+        f" bridge ({diagnose.DOCS}).",
+    )
+
+
+def _no_root(uid: str) -> IsolationUnavailable:
+    return IsolationUnavailable(
+        f"The image starts as uid {uid}, so that the supervisor and execd would be within the script's reach.",
+        hint="Use an image without a USER, or with USER root: the script gets a uid of its own all the same.",
+    )

@@ -1,0 +1,55 @@
+"""What the dead left at the service, and removing it. Times are by the service's clock.
+
+It goes without us too: each sandbox was made with a lifetime, after which the service removes it.
+"""
+
+from __future__ import annotations
+
+from cloche._kit.http import HttpFailure
+from cloche.backends.claims import Claim, Keeper
+from cloche.backends.contract import Leftover
+from cloche.backends.opensandbox import manifest
+from cloche.backends.opensandbox.client import OpenSandboxClient, Refused
+from cloche.backends.opensandbox.facts import Sandbox
+
+
+def note(base: str) -> str:
+    """What an owner with sandboxes at a service writes into the file of his lock."""
+    return f"opensandbox {base}"
+
+
+async def sweep(client: OpenSandboxClient, keeper: Keeper) -> list[Leftover]:
+    """Remove it.
+
+    Raises:
+        Refused, HttpFailure: the service cannot be asked.
+    """
+    found = [sandbox async for sandbox in client.sandboxes({manifest.META_KIND: manifest.KIND})]
+    now = client.server_time()
+    todo = [(s, reason) for s in found if is_ours(s) and (reason := await keeper.reason_to_remove(_claim(s), now))]
+    left = [await _remove(client, sandbox, reason) for sandbox, reason in todo]
+    if all(leftover.removed for leftover in left):
+        await keeper.forget_the_dead()
+    return left
+
+
+def is_ours(sandbox: Sandbox) -> bool:
+    """Whether a run of cloche's made it."""
+    return {manifest.META_RUN, manifest.META_OWNER, manifest.META_TRY} <= sandbox.metadata.keys()
+
+
+def _claim(sandbox: Sandbox) -> Claim:
+    metadata = sandbox.metadata
+    return Claim(
+        metadata.get(manifest.META_OWNER, ""),
+        metadata.get(manifest.META_PLACE, ""),
+        metadata.get(manifest.META_EXPIRES, ""),
+    )
+
+
+async def _remove(client: OpenSandboxClient, sandbox: Sandbox, reason: str) -> Leftover:
+    try:
+        await client.delete(sandbox.id)
+    except (Refused, HttpFailure) as exc:
+        return Leftover("sandbox", sandbox.id, removed=False, reason=str(exc))
+    return Leftover("sandbox", sandbox.id, removed=True, reason=reason)
