@@ -164,8 +164,6 @@ MODES: Mapping[str, Callable[[], Target]] = {
     "opensandbox-old": opensandbox_old,
 }
 """By the name of CLOCHE_MUST_WORK. There can be several targets of one mode."""
-EXTRAS = ("docker-guest", "docker-old", "podman", "opensandbox-old")
-"""Engines of a kind that is tried elsewhere too: each has to be demanded by its own name."""
 
 
 def ready(mode: str) -> Target:

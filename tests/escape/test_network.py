@@ -199,8 +199,8 @@ async def test_no_network(sandbox: cloche.Sandbox, listeners: Listeners) -> None
             "fcntl.ioctl(os.open('/dev/net/tun', os.O_RDWR), 0x400454CA, struct.pack('16sH22x', b'escape', 0x1001))"
         ),
     }
-    if sandbox.mode == "kubernetes":
-        # A pod has an interface, which is in plain sight; what there is to make a connection with, it has not.
+    if sandbox.mode in {"kubernetes", "opensandbox"}:
+        # A pod has an interface, which is in plain sight; what there is to make a connection with, the script has not.
         attempts = {
             n: code for n, code in attempts.items() if n not in {"interfaces in /proc", "interfaces in /sys", "routes"}
         }

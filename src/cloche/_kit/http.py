@@ -284,7 +284,7 @@ class HttpClient:
             with anyio.CancelScope(shield=True):
                 await response.aclose()
 
-    def _build(  # noqa: PLR0913 (as above)
+    def _build(  # noqa: PLR0913, PLR0917 (as above)
         self,
         method: str,
         path: str,
