@@ -114,9 +114,7 @@ CASES = [
         ["--env", "LD_PRELOAD=x", "ok.py"],
     ),
     Case("unknown mode", "invalid-settings", "dokcer", SCRIPT, ["ok.py"], {"CLOCHE_MODE": "dokcer"}),
-    Case(
-        "mode to come", "backend-unavailable", "no mode opensandbox", SCRIPT, ["ok.py"], {"CLOCHE_MODE": "opensandbox"}
-    ),
+    Case("mode to come", "backend-unavailable", "no mode remote", SCRIPT, ["ok.py"], {"CLOCHE_MODE": "remote"}),
     Case("disabled", "sandbox-disabled", "switched off", SCRIPT, ["ok.py"], {"CLOCHE_MODE": "disabled"}),
     Case(
         "disabled, and no script",

@@ -21,7 +21,8 @@ import time
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.syscall.restype = ctypes.c_long
 SUPERVISOR = int(os.environ.get("ATTACKED_PID", os.getppid()))
-"""Whom to attack: who started the script, which is PID 1 on most engines. Where the attacks are tried out on the bare host, it is a stand-in."""
+"""Whom to attack: who started the script, which is PID 1 on most engines. Where the attacks are tried out on the bare host, it is
+a stand-in."""
 BARE = "ATTACKED_PID" in os.environ
 MIB = 2**20
 

@@ -276,9 +276,9 @@ async def test_no_fallback_when_available(caplog: pytest.LogCaptureFixture) -> N
         (
             postured("docker"),
             postured("local"),
-            {"mode": "opensandbox"},
+            {"mode": "remote"},
             cloche.BackendUnavailable,
-            ["no mode opensandbox"],
+            ["no mode remote"],
         ),
         (postured("docker"), postured("local"), {"mode": "auto"}, cloche.BackendUnavailable, ["no mode auto"]),
     ],

@@ -1,4 +1,4 @@
-"""A small server of our own, and what it plays: a Docker daemon, or a cluster's API server."""
+"""A small server of our own, and what it plays: a Docker daemon, a cluster's API server, or an OpenSandbox service."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from tests.wire.docker import Docker
 from tests.wire.engine import Engine, serving
 from tests.wire.kubernetes import Kubernetes
+from tests.wire.opensandbox import OpenSandbox
 
 from cloche.backends import owners
 
@@ -42,6 +43,19 @@ def cluster(_cluster: Kubernetes) -> Iterator[Kubernetes]:
     """A cluster in good order, whose API server is at a port of the loopback."""
     yield _cluster
     forget(_cluster.base)
+
+
+@pytest.fixture
+async def _service(anyio_backend: object) -> AsyncIterator[OpenSandbox]:
+    async with serving(tcp=True) as engine, serving(tcp=True) as execd:
+        yield OpenSandbox(engine, execd)
+
+
+@pytest.fixture
+def service(_service: OpenSandbox) -> Iterator[OpenSandbox]:
+    """An OpenSandbox service in good order, at a port of the loopback, with execd at another one."""
+    yield _service
+    forget(_service.base)
 
 
 @pytest.fixture

@@ -210,7 +210,7 @@ class Engine:
         body = await peer.reader.readexactly(int(headers.get("content-length", "0")))
         request = Request(head[0], headers, body)
         self.requests.append(request)
-        word = self._word(request)
+        word = self.word(request)
         if not isinstance(word, Reply | Raw):
             word = await word(request, peer)
         if isinstance(word, Reply):
@@ -223,7 +223,8 @@ class Engine:
                 await anyio.sleep(step)
         return False
 
-    def _word(self, request: Request) -> Reply | Raw | Handler:
+    def word(self, request: Request) -> Reply | Raw | Handler:
+        """What the table says to a request."""
         for route, words in self._table:
             if fnmatch.fnmatchcase(str(request), route):
                 word = words.pop(0) if len(words) > 1 else words[0]
@@ -233,12 +234,14 @@ class Engine:
 
 
 @asynccontextmanager
-async def serving(*, tcp: bool = False, tls: ssl.SSLContext | None = None) -> AsyncIterator[Engine]:
+async def serving(
+    *, tcp: bool = False, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Engine]:
     """An engine at a Unix socket, whose path is short enough for one, or at a port of the loopback."""
     engine = Engine()
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
         if tcp:
-            listener = socket.create_server(("127.0.0.1", 0))
+            listener = socket.create_server((host, 0))
             engine.address = "tcp://{}:{}".format(*listener.getsockname())
         else:
             path = Path(folder, "engine.sock")

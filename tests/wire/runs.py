@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 import pytest
@@ -32,6 +32,13 @@ async def prepared(docker: Docker, program_bytes: int | None = None) -> None:
     docker.made.clear()
     docker.removed.clear()
     docker.engine.requests.clear()
+
+
+class Played(Protocol):
+    """An engine that is played."""
+
+    def settings(self, **more: Any) -> cloche.Settings:
+        """Settings that lead to it."""
 
 
 @dataclass
@@ -66,11 +73,11 @@ async def failure(docker: Docker, spec: cloche.Spec = SPEC, **settings: Any) -> 
     return caught.value
 
 
-async def ended(docker: Docker, spec: cloche.Spec = SPEC, **settings: Any) -> Ended:
+async def ended(engine: Played, spec: cloche.Spec = SPEC, **settings: Any) -> Ended:
     """What becomes of a run of which something may be left."""
     result: cloche.Result | None = None
     error: cloche.ClocheError | None = None
-    async with cloche.Sandbox(docker.settings(**settings)) as opened:
+    async with cloche.Sandbox(engine.settings(**settings)) as opened:
         try:
             result = await opened.run(spec)
         except cloche.ClocheError as exc:

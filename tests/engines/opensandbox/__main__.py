@@ -69,6 +69,7 @@ def _env() -> None:
             print(f"export {prefix}_API_URL={shlex.quote(found.url)}")
             print(f"export {prefix}_API_KEY={shlex.quote(found.key)}")
             print(f"export {prefix}_DOCKER_HOST={shlex.quote(found.host)}")
+            print(f"export {prefix}_FOLDER={shlex.quote(str(found.folder))}")
 
 
 def _service(generation: Generation) -> Service:

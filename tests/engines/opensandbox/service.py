@@ -6,6 +6,7 @@ address there, which nobody but this machine reaches. It goes with the daemon's 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -15,7 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from tests.engines.docker import cache, host
+from tests.engines.docker import images as docker_images
 from tests.engines.docker.daemon import Daemon
 from tests.engines.docker.private import START_S
 from tests.engines.opensandbox import images
@@ -82,6 +85,10 @@ class Service(Daemon):
         self.url = f"http://{self.link.there}:{PORT}"
 
     @property
+    def _config(self) -> Path:
+        return self.folder / "server.toml"
+
+    @property
     def key(self) -> str:
         """What its users have to show."""
         return self.folder.joinpath("key").read_text()
@@ -94,9 +101,9 @@ class Service(Daemon):
             RuntimeError: one does not start; the message has the end of its log.
         """
         super().start()
-        self.add(images.SANDBOX, images.execd(self.generation))
+        self.add(images.SANDBOX, *docker_images.ALL, images.execd(self.generation))
         self._join()
-        self._start_server()
+        self.start_server()
 
     def _join(self) -> None:
         if Path("/sys/class/net", self.link.device).exists():
@@ -108,16 +115,29 @@ class Service(Daemon):
         host.run(*self.enter("ip", "address", "add", f"{self.link.there}/24", "dev", INSIDE))
         host.run(*self.enter("ip", "link", "set", INSIDE, "up"))
 
-    def _start_server(self) -> None:
-        """Raises: RuntimeError: it does not start; the message has the end of its log."""
+    def kill_server(self) -> None:
+        """Kill the server alone, by SIGKILL: its daemon and the sandboxes live on."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                words = process.cmdline()
+                if str(self._config) in words and words[0] == str(python()):
+                    process.kill()
+        while self.server_answers():
+            time.sleep(0.01)
+
+    def start_server(self) -> None:
+        """Start the server, if it is not running.
+
+        Raises:
+            RuntimeError: it does not start; the message has the end of its log.
+        """
         if self.server_answers():
             return
         home = self.folder / "home"
         home.mkdir(exist_ok=True)
         if not self.folder.joinpath("key").exists():
             self.folder.joinpath("key").write_text(secrets.token_hex(16))
-        config = self.folder / "server.toml"
-        config.write_text(
+        self._config.write_text(
             CONFIG.format(
                 address=self.link.there,
                 port=PORT,
@@ -128,7 +148,7 @@ class Service(Daemon):
         )
         program = ("-c", "import sys; from opensandbox_server.cli import main; sys.exit(main())")
         environ = {"PATH": os.environ["PATH"], "HOME": str(home), "DOCKER_HOST": self.host}
-        server = self._run(environ, "server.log", str(python()), *program, "--config", str(config))
+        server = self._run(environ, "server.log", str(python()), *program, "--config", str(self._config))
         self._others.append(server)
         end = time.monotonic() + START_S
         while not self.server_answers():

@@ -16,7 +16,9 @@ _ADDRESS = re.compile(
 )
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
 _HEADER_TEXT = re.compile(r"[ -~]*")
-_OURS = frozenset({"host", "connection", "content-length", "content-type", "transfer-encoding", "te", "upgrade", "expect"})
+_OURS = frozenset(
+    {"host", "connection", "content-length", "content-type", "transfer-encoding", "te", "upgrade", "expect"}
+)
 """Headers by which a request is told from the next one, and what only we know."""
 
 

@@ -250,7 +250,9 @@ class OpenSandboxBackend:
                 await anyio.sleep(step(FIND_STEPS_S, looks))
                 looks += 1
         self._keeper.left = True
-        _log.warning("The service may still make a sandbox that nobody wants. It is left to sweep, and to its lifetime.")
+        _log.warning(
+            "The service may still make a sandbox that nobody wants. It is left to sweep, and to its lifetime."
+        )
 
     async def _remove_failed(self, client: OpenSandboxClient, name: str) -> None:
         """What went wrong before is what is to be told, not that this fails too."""

@@ -31,6 +31,8 @@ LOOK_S = 0.3
 """A sandbox whose execd is not there after so long is looked at, and again after as long: it may be dead."""
 INTERRUPT_S = 0.5
 """For a request to end the command to be on its way; its answer comes when the command has ended."""
+SETTLE_S, SETTLE_STEP_S = 1.0, 0.1
+"""For the service to see that a sandbox has ended whose connection broke, and between two looks."""
 MAX_WORDS = 2000
 _NO_PROGRAM = frozenset({None, 126, 127})
 """What a shell, or execd itself, says of a program that cannot be started."""
@@ -192,7 +194,8 @@ class OpenSandboxBox:
         if uid.isdecimal() and uid != "0":
             return _no_root(uid)
         return BackendUnavailable(
-            f"The sandbox {self._name} does not take the supervisor: {exc}.", hint="Look at the room on the service's disks."
+            f"The sandbox {self._name} does not take the supervisor: {exc}.",
+            hint="Look at the room on the service's disks.",
         )
 
     async def output(self) -> AsyncGenerator[bytes, None]:
@@ -272,23 +275,41 @@ class OpenSandboxBox:
                 _log.debug("the command of %s is not interrupted: %s", self._name, exc)
 
     async def fate(self, *, ended: bool) -> Fate:
-        """The service's word; ``ended`` changes nothing in it, since the service asks its engine each time."""
-        del ended
+        """The service's word. Where the connection broke it is given a moment to see that the sandbox has ended."""
+        until = anyio.current_time() + (SETTLE_S if ended and self._ended is None else 0.0)
+        while True:
+            try:
+                sandbox = await self._client.sandbox(self._name)
+            except (Refused, HttpFailure) as exc:
+                trouble = self._trouble or "the sandbox says nothing"
+                return Fate(FateKind.LOST, f"{trouble}; the service cannot tell why: {exc}.")
+            if sandbox is None:
+                return Fate(FateKind.DELETED, f"The sandbox {self._name} is gone.")
+            if sandbox.dead:
+                return Fate(FateKind.EXITED, f"The sandbox {self._name} has ended: {_said(sandbox)}.")
+            if self._ended is not None:
+                return self._without_word(self._ended)
+            if await self._out_of_memory():
+                return Fate(FateKind.OOM_KILLED, f"Memory ran out in the sandbox {self._name}, and execd died of that.")
+            if anyio.current_time() >= until or sandbox.state == "Paused":
+                state = f"The sandbox {self._name} is {sandbox.state or 'in no known state'}"
+                return Fate(FateKind.LOST, f"{state}; {self._trouble}." if self._trouble else f"{state}.")
+            await anyio.sleep(SETTLE_STEP_S)
+
+    def _without_word(self, ended: Ended) -> Fate:
+        """What became of a supervisor that said nothing of it, by what its command said."""
+        words = facts.shortened(self._words) or ended.message
+        if ended.exit_code in _NO_PROGRAM:
+            return Fate(FateKind.NOT_STARTED, f"The supervisor cannot be started in the sandbox: {words}.")
+        return Fate(FateKind.EXITED, f"The supervisor ended with {ended.exit_code}: {words}.")
+
+    async def _out_of_memory(self) -> bool:
+        """At its bound not only the script is refused memory: execd, which is not ours to spare, may end then."""
         try:
-            sandbox = await self._client.sandbox(self._name)
+            return await self._client.out_of_memory(self._name)
         except (Refused, HttpFailure) as exc:
-            return Fate(FateKind.LOST, f"{self._trouble or 'The sandbox says nothing'}; the service cannot tell why: {exc}.")
-        if sandbox is None:
-            return Fate(FateKind.DELETED, f"The sandbox {self._name} is gone.")
-        if sandbox.dead:
-            return Fate(FateKind.EXITED, f"The sandbox {self._name} has ended: {_said(sandbox)}.")
-        if self._ended is not None:
-            words = facts.shortened(self._words) or self._ended.message
-            if self._ended.exit_code in _NO_PROGRAM:
-                return Fate(FateKind.NOT_STARTED, f"The supervisor cannot be started in the sandbox: {words}.")
-            return Fate(FateKind.EXITED, f"The supervisor ended with {self._ended.exit_code}: {words}.")
-        state = f"The sandbox {self._name} is {sandbox.state or 'in no known state'}"
-        return Fate(FateKind.LOST, f"{state}; {self._trouble}." if self._trouble else f"{state}.")
+            _log.debug("the service does not tell what happened in %s: %s", self._name, exc)
+            return False
 
 
 def _said(sandbox: Sandbox) -> str:

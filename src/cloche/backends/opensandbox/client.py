@@ -165,6 +165,16 @@ class OpenSandboxClient:
             if not field(field(found, "pagination", dict, {}), "hasNextPage", bool, otherwise=False):
                 return
 
+    async def out_of_memory(self, name: str) -> bool:
+        """Whether something in a sandbox was killed for want of memory, as far as the service can tell (from 1.1 on).
+
+        Raises:
+            Refused, HttpFailure.
+        """
+        path = f"/v1/sandboxes/{segment(name)}/diagnostics/events"
+        found = _json(await self._call("GET", path, query={"scope": "runtime"}))
+        return "OOMKilled" in field(found, "content", str, "")
+
     async def delete(self, name: str) -> None:
         """Remove a sandbox, if there is one (any more).
 

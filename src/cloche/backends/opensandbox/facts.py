@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from cloche._kit.fields import field as member
@@ -24,6 +25,8 @@ class Sandbox:
     reason: str = ""
     message: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    created_at: float | None = None
+    """Unix time in seconds."""
 
     @property
     def dead(self) -> bool:
@@ -52,14 +55,24 @@ def parse_sandbox(found: object) -> Sandbox | None:
     name, status = member(found, "id", str, ""), member(found, "status", dict, {})
     if not is_id(name):
         return None
-    metadata = {k: v for k, v in member(found, "metadata", dict, {}).items() if isinstance(k, str) and isinstance(v, str)}
+    metadata = {
+        k: v for k, v in member(found, "metadata", dict, {}).items() if isinstance(k, str) and isinstance(v, str)
+    }
     return Sandbox(
         name,
         member(status, "state", str, "")[:64],
         shortened(member(status, "reason", str, "")),
         shortened(member(status, "message", str, "")),
         metadata,
+        _time(member(found, "createdAt", str, "")),
     )
+
+
+def _time(text: str) -> float | None:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def parse_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:

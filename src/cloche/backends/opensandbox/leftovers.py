@@ -34,8 +34,13 @@ async def sweep(client: OpenSandboxClient, keeper: Keeper) -> list[Leftover]:
 
 
 def is_ours(sandbox: Sandbox) -> bool:
-    """Whether a run of cloche's made it."""
-    return {manifest.META_RUN, manifest.META_OWNER, manifest.META_TRY} <= sandbox.metadata.keys()
+    """Whether a run of cloche's made it. The labels of an image are its sandboxes' metadata too, and an image may have been made
+    of a sandbox of ours: then what it says was over before the sandbox was made.
+    """
+    metadata = sandbox.metadata
+    if not {manifest.META_RUN, manifest.META_OWNER, manifest.META_TRY} <= metadata.keys():
+        return False
+    return sandbox.created_at is None or not _claim(sandbox).expired(sandbox.created_at)
 
 
 def _claim(sandbox: Sandbox) -> Claim:

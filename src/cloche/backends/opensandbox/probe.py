@@ -55,7 +55,9 @@ def guarantees() -> tuple[Guarantee, ...]:
             "no network unless network is open: only sockets of the Unix family, by the supervisor's filter;"
             f" open is what the service gives; {checked}",
         ),
-        Guarantee("identity", State.IN_FORCE, f"a uid of the run's own, the supervisor and execd have another; {checked}"),
+        Guarantee(
+            "identity", State.IN_FORCE, f"a uid of the run's own, the supervisor and execd have another; {checked}"
+        ),
         Guarantee("no-capabilities", State.IN_FORCE, f"no capability is left to the script; {checked}"),
         Guarantee("no-new-privileges", State.IN_FORCE, f"set by the supervisor; {checked}"),
         Guarantee("system-call-filter", State.IN_FORCE, f"the supervisor's own filter; {checked}"),
