@@ -137,13 +137,34 @@ def _check_annotations(annotations: dict[str, str]) -> dict[str, str]:
 
 def _check_hosts(entries: tuple[str, ...]) -> tuple[str, ...]:
     for entry in entries:
-        if "/" in entry or ":" in entry:
+        # What ends in a number is an address to whoever looks names up.
+        if "/" in entry or ":" in entry or entry.rpartition(".")[2].isdecimal():
             ipaddress.ip_network(entry.strip("[]"), strict=False)
         elif not _HOST.fullmatch(entry):
             raise ValueError(f"{entry} is neither a host nor a network")
     return entries
 
 
+def _check_address(text: str) -> str:
+    found = _ADDRESS.fullmatch(text)
+    if (
+        found is None
+        or not text.isprintable()
+        or not found["host"].strip(".")
+        or not 0 < int(found["port"] or 1) < 65536
+    ):
+        raise ValueError("no address")
+    if found["host"].startswith("["):
+        ipaddress.IPv6Address(found["host"].strip("[]"))
+    if {".", ".."} & {*(found["path"] or "").split("/")}:
+        raise ValueError("a path that leads out of itself")
+    return text
+
+
+_ADDRESS = re.compile(
+    r"(https?://([^\s/?#@\\]+@)?)?(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?"
+    r"(?P<path>/[A-Za-z0-9._~/-]*)?"
+)
 _HOST = re.compile(r"\*|(\*\.)?[A-Za-z0-9_]([A-Za-z0-9._-]{0,252})")
 _LABEL_WORD = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
@@ -158,6 +179,8 @@ def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+Address = Annotated[str, Field(max_length=1024), AfterValidator(_check_address)]
+"""Where a server is, with or without ``http://`` or ``https://``."""
 Labels = Annotated[Pairs, AfterValidator(_check_labels)]
 """Labels of Kubernetes' objects."""
 Annotations = Annotated[Pairs, AfterValidator(_check_annotations)]
@@ -547,15 +570,13 @@ class Settings(BaseModel):
         ge=1,
         le=65535,
     )
-    opensandbox_api_url: str | None = _setting(
+    opensandbox_api_url: Address | None = _setting(
         None,
         "Address of the OpenSandbox service.",
         allowed="an address such as https://sandbox.example, http://10.1.2.3:8080 or sandbox.example, which means https",
         unset="the mode opensandbox is unavailable",
         why="there is no public service",
         alias=(_WEKNORA + "OPENSANDBOX_API_URL",),
-        pattern=r"^(https?://([^\s/?#@]+@)?)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[A-Za-z0-9._~/-]*)?$",
-        max_length=1024,
         repr=False,  # an address may hold a password
     )
     opensandbox_api_key: SecretStr | None = _setting(

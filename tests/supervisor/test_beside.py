@@ -107,6 +107,46 @@ def test_no_new_privs(shipped: Bench, folder: Path) -> None:
     assert told == b"NoNewPrivs:\t0\nNoNewPrivs:\t1\n", (frames, done.stderr)
 
 
+AN_IMAGES_FOLDERS = """
+import os, stat
+for path in ("/workspace", "/tmp"):
+    found = os.stat(path)
+    print(path, oct(stat.S_IMODE(found.st_mode)), found.st_uid)
+for path in ("/workspace/new", "/workspace/theirs", "/tmp/theirs"):
+    try:
+        os.rename("/tmp/mine", path) if path == "/tmp/theirs" else os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+        print("written:", path)
+    except PermissionError:
+        pass
+"""
+
+
+@pytest.mark.parametrize("modes", ["0777 0777", "1777 0755", "0700 0777", "0755 1777"])
+def test_folders_of_an_image(shipped: Bench, folder: Path, modes: str) -> None:
+    """Where the image itself has a /workspace and no engine covers it, that is not the script's to write, whatever its mode; nor
+    is what others have in a /tmp that the image left open to everybody, or closed.
+    """
+    root = folder / f"container {modes}"
+    root.mkdir()
+    workspace, tmp = modes.split()
+    prepare = f"""mkdir workspace
+touch workspace/theirs tmp/theirs
+chown 12345 workspace
+chmod {workspace} workspace
+chmod {tmp} tmp
+"""
+    script = BARE_CONTAINER.replace("shift 2\n", prepare + "shift 2\n")
+    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script, "container"]
+    command += [str(root), str(shipped.build.path), "--script-uid", str(fresh_uid()), "--script-gid", str(fresh_uid())]
+    code = "open('/tmp/mine', 'w').close()\n" + AN_IMAGES_FOLDERS
+    done = subprocess.run(
+        command, input=bundle([PYTHON, "-I", "-S", "-c", code]), capture_output=True, timeout=20, check=False
+    )
+    frames = list(Decoder().feed(done.stdout))
+    told = b"".join(frame.data for frame in frames if isinstance(frame, Data)).decode()
+    assert told.splitlines() == ["/workspace 0o755 0", "/tmp 0o1777 0"], (told, frames, done.stderr)
+
+
 @pytest.mark.parametrize("capabilities", ["ALL", WITHOUT_KILL])
 @pytest.mark.parametrize("first", [False, True])
 def test_everything_dies(bench: Bench, capabilities: str, first: bool) -> None:

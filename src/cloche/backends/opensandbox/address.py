@@ -11,7 +11,7 @@ EXECD_PORT = 44772
 MAX_TEXT = 2048
 MAX_HEADERS, MAX_HEADER_BYTES = 16, 4096
 _ADDRESS = re.compile(
-    r"(?:(?P<scheme>https?)://)?(?P<user>[^\s/?#@\\]+@)?(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?P<port>:\d{1,5})?"
+    r"(?:(?P<scheme>https?)://)?(?P<user>[^\s/?#@\\]+@)?(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?P<port>:[0-9]{1,5})?"
     r"(?P<path>/[!-\"$->@-\[\]-~]*)?"  # printable ASCII without ? # and backslash
 )
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
@@ -83,7 +83,7 @@ def api(text: str) -> Place:
         ValueError: it is none.
     """
     place = parse(text, "https")
-    return Place(place.scheme, place.host, place.authority, place.path.removesuffix("/v1"))
+    return Place(place.scheme, place.host, place.authority, place.path.removesuffix("/v1").rstrip("/"))
 
 
 def endpoint(answer: object, service: Place, *, proxied: bool) -> Endpoint:
@@ -99,7 +99,8 @@ def endpoint(answer: object, service: Place, *, proxied: bool) -> Endpoint:
     # There the port is execd's own, and the suffix has it pass each request on to itself: one connection more for each, and a
     # few answers in a thousand cut off. Other services need the suffix.
     if not proxied and place.path.endswith(suffix := f"/proxy/{EXECD_PORT}"):
-        places.insert(0, Place(place.scheme, place.host, place.authority, place.path.removesuffix(suffix)))
+        path = place.path.removesuffix(suffix).rstrip("/")
+        places.insert(0, Place(place.scheme, place.host, place.authority, path))
     return Endpoint(tuple(places), _headers(member(answer, "headers", dict, {})))
 
 

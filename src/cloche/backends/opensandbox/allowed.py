@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 IPAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
-METADATA = frozenset({ipaddress.ip_address("168.63.129.16")})
-"""Services of clouds that give secrets to their machines, at addresses that are not private (Microsoft's; all others are
-link-local or private)."""
+METADATA = frozenset({ipaddress.ip_address("168.63.129.16"), ipaddress.ip_address("192.0.0.192")})
+"""Services of clouds that give secrets to their machines, at addresses that are not private: Microsoft's, and Oracle's, which is
+public to a Python with CVE-2024-4032. All others are link-local or private."""
+_UNICAST = ipaddress.ip_network("2000::/3")
+"""What IANA hands out of IPv6. ``is_global`` is true of more: site-local addresses, IPv4 in forms that nobody uses any more, and
+up to that CVE what NAT64 has at home (64:ff9b:1::/48, RFC 8215)."""
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -65,7 +68,12 @@ class Allowed:
             return True
         if any(meant in network or address in network for network in self.networks):
             return True
-        return any(map(host.endswith, self.suffixes)) and meant.is_global and meant not in METADATA
+        return any(map(host.endswith, self.suffixes)) and _is_public(meant)
+
+
+def _is_public(address: IPAddress) -> bool:
+    unicast = isinstance(address, ipaddress.IPv4Address) or address in _UNICAST
+    return unicast and address.is_global and address not in METADATA
 
 
 def _meant(address: IPAddress) -> IPAddress:

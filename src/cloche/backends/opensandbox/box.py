@@ -34,6 +34,7 @@ INTERRUPT_S = 0.5
 SETTLE_S, SETTLE_STEP_S = 1.0, 0.1
 """For the service to see that a sandbox has ended whose connection broke, and between two looks."""
 MAX_WORDS = 2000
+MAX_UID_DIGITS = 10
 _NO_PROGRAM = frozenset({None, 126, 127})
 """What a shell, or execd itself, says of a program that cannot be started."""
 
@@ -117,6 +118,7 @@ class OpenSandboxBox:
                 if endpoint is None:
                     endpoint = await self._client.endpoint(self._name, proxied=self._service.proxied)
                 if (execd := await self._try(endpoint)) is not None:
+                    self._trouble = ""
                     return execd
             except ValueError as exc:
                 raise ProtocolError(
@@ -191,7 +193,7 @@ class OpenSandboxBox:
                 uid = await self._execd.says("id -u")
         except (Refused, HttpFailure) as problem:
             _log.debug("who execd runs as is not known: %s", problem)
-        if uid.isdecimal() and uid != "0":
+        if uid.isdecimal() and uid != "0" and len(uid) <= MAX_UID_DIGITS:
             return _no_root(uid)
         return BackendUnavailable(
             f"The sandbox {self._name} does not take the supervisor: {exc}.",
@@ -219,6 +221,8 @@ class OpenSandboxBox:
                     if not self._service.argv or exc.status != 400:
                         raise
                     self._service.argv = False  # execd up to 1.1.0 misses the text for a shell
+                    if self._stopped:
+                        return
         except Refused as exc:
             raise BackendUnavailable(f"The sandbox {self._name} does not start the supervisor: {exc}.") from exc
         except HttpFailure as exc:
@@ -237,7 +241,11 @@ class OpenSandboxBox:
                     yield line
                 if self._ended is not None:
                     return
-        for line in [line for event in events.finish() for line in await self._take(event)]:
+        try:
+            last = list(events.finish())
+        except EventError:
+            last = []  # a proxy may end an answer that was cut off as if it were whole
+        for line in [line for event in last for line in await self._take(event)]:
             yield line
         if self._ended is None:
             self._trouble = "the command's stream ended before the command"
@@ -276,7 +284,7 @@ class OpenSandboxBox:
 
     async def fate(self, *, ended: bool) -> Fate:
         """The service's word. Where the connection broke it is given a moment to see that the sandbox has ended."""
-        until = anyio.current_time() + (SETTLE_S if ended and self._ended is None else 0.0)
+        until = anyio.current_time() + (SETTLE_S if ended and self._trouble and self._ended is None else 0.0)
         while True:
             try:
                 sandbox = await self._client.sandbox(self._name)
@@ -298,7 +306,7 @@ class OpenSandboxBox:
 
     def _without_word(self, ended: Ended) -> Fate:
         """What became of a supervisor that said nothing of it, by what its command said."""
-        words = facts.shortened(self._words) or ended.message
+        words = facts.shortened(self._words) or facts.shortened(ended.message).strip(": ") or "it gives no reason"
         if ended.exit_code in _NO_PROGRAM:
             return Fate(FateKind.NOT_STARTED, f"The supervisor cannot be started in the sandbox: {words}.")
         return Fate(FateKind.EXITED, f"The supervisor ended with {ended.exit_code}: {words}.")

@@ -62,7 +62,7 @@ class Decoder:
             EventError: a line is none, or longer than the bound.
         """
         self._rest += data
-        while (end := self._rest.find(b"\n")) >= 0:
+        while 0 <= (end := self._rest.find(b"\n")) <= MAX_LINE_BYTES:
             line = bytes(self._rest[:end])
             del self._rest[: end + 1]
             yield from _parse(line)

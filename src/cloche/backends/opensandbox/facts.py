@@ -60,7 +60,7 @@ def parse_sandbox(found: object) -> Sandbox | None:
     }
     return Sandbox(
         name,
-        member(status, "state", str, "")[:64],
+        shortened(member(status, "state", str, ""), 64),
         shortened(member(status, "reason", str, "")),
         shortened(member(status, "message", str, "")),
         metadata,

@@ -219,6 +219,25 @@ static bool read_bundles(struct bundle *b)
 	return bundle_finish(b);
 }
 
+/* What an image brings under the workspace's name is not the script's to write, and its /tmp has to be one that several users
+ * share: where an engine cannot mount (OpenSandbox), others than the script keep files there. */
+static bool guarded_folders(const struct options *o)
+{
+	struct stat st;
+
+	if (lstat(o->workspace, &st) != 0)
+		return false;
+	if (st.st_uid != geteuid() && lchown(o->workspace, geteuid(), getegid()) != 0)
+		return false;
+	if (!S_ISLNK(st.st_mode) && (st.st_mode & 07777) != 0755 && chmod(o->workspace, 0755) != 0)
+		return false;
+	if (mkdir(WRITABLE_TMP, 01777) != 0 && errno != EEXIST)
+		return false;
+	if (stat(WRITABLE_TMP, &st) != 0)
+		return false;
+	return st.st_uid == (uid_t)o->script_uid || (st.st_mode & 07777) == 01777 || chmod(WRITABLE_TMP, 01777) == 0;
+}
+
 /* Folders that the engine could not mount are made here, the script's own ones given to it. */
 static bool folders(void)
 {
@@ -231,6 +250,8 @@ static bool folders(void)
 		return false;
 	if (!other)
 		return true;
+	if (!guarded_folders(o))
+		return false;
 	struct stat st;
 
 	/* Where the engine has mounted it as the script's, the supervisor may lack the capability to say so again. */
