@@ -53,6 +53,12 @@ anyio.run(main)
 SWEEPER = "import anyio, cloche\nasync def main():\n    async with cloche.Sandbox.from_env(): pass\nanyio.run(main)"
 
 
+@pytest.fixture(params=["opensandbox", "opensandbox-old"])
+def generation(request: pytest.FixtureRequest) -> Target:
+    """A service with either kind of execd."""
+    return modes.ready(request.param)
+
+
 async def during(
     target: Target, then: Callable[[dict[str, Any]], object], service: Service, script: str = "echo running; sleep 30"
 ) -> tuple[cloche.Result, float]:
@@ -128,6 +134,13 @@ async def test_dead_peer(opensandbox: Target, service: Service, daemon: Engine) 
     assert seconds(caught.value) < 15
     assert "Paused" in caught.value.message
     assert caught.value.retryable
+
+
+async def test_a_silent_script(generation: Target) -> None:
+    """A script that says nothing for longer than after which a peer counts as dead is not taken for one."""
+    async with generation.sandbox() as sandbox:
+        result = await sandbox.run(shell("sleep 15; echo done", timeout=30))
+    assert result.stdout == "done\n"
 
 
 async def test_server_restarted(opensandbox: Target, service: Service, server: Server) -> None:
@@ -239,12 +252,6 @@ def ask(method, path, body=b'', token=None):
     return answer.status
 EXECD, = named(b'/opt/opensandbox/execd')[:1]
 """
-
-
-@pytest.fixture(params=["opensandbox", "opensandbox-old"])
-def generation(request: pytest.FixtureRequest) -> Target:
-    """A service with either kind of execd."""
-    return modes.ready(request.param)
 
 
 async def test_the_services_own_processes(generation: Target) -> None:

@@ -95,6 +95,10 @@ class OpenSandboxBackend:
         place = address.api(settings.opensandbox_api_url)
         key = settings.opensandbox_api_key
         secret = None if key is None else key.get_secret_value()
+        if secret is not None and not (secret.isascii() and secret.isprintable()):
+            raise BackendUnavailable(
+                "The key of the OpenSandbox service is no text that can be sent.", hint=diagnose.KEY_HINT
+            )
         client = self._client = OpenSandboxClient(place, secret, await self._tls_for(place))
         version = await probe.look(client)
         self._keeper.note = leftovers.note(place.shown)
@@ -147,11 +151,15 @@ class OpenSandboxBackend:
         image = profile.image or self._settings.image
         sandbox = await self._make(client, manifest.sandbox(profile, image, self._keeper.place, made))
         uid = random.SystemRandom().randint(*manifest.SCRIPT_UIDS)
-        tls = await self._tls_for(client.place)
 
-        def reach(place: Place, headers: Mapping[str, str]) -> Execd:
-            given = {**headers, **client.headers_for(place), "X-EXECD-ACCESS-TOKEN": made.access_token}
-            return Execd(place, given, allowed=setup.allowed, tls=tls if place.scheme == "https" else None)
+        async def reach(place: Place, headers: Mapping[str, str]) -> Execd:
+            # The service's word on what execd wants to see comes after ours.
+            given = {
+                "x-execd-access-token": made.access_token,
+                **{name.lower(): text for name, text in headers.items()},
+            }
+            given |= client.headers_for(place)
+            return Execd(place, given, allowed=setup.allowed, tls=await self._tls_for(place))
 
         box = OpenSandboxBox(setup.service, sandbox.id, manifest.supervisor(profile, uid), reach)
         try:

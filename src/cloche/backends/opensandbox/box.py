@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 import anyio
+from anyio import to_thread
 
 from cloche._kit.http import HttpFailure, NotAllowed, Stream, TlsFailure
 from cloche._kit.steps import step
@@ -58,7 +59,11 @@ class OpenSandboxBox:
     """A sandbox. ``command`` is the supervisor's; ``reach`` makes a client of its execd at a place."""
 
     def __init__(
-        self, service: Service, name: str, command: Sequence[str], reach: Callable[[Place, Mapping[str, str]], Execd]
+        self,
+        service: Service,
+        name: str,
+        command: Sequence[str],
+        reach: Callable[[Place, Mapping[str, str]], Awaitable[Execd]],
     ) -> None:
         self._service = service
         self._client = service.client
@@ -67,6 +72,8 @@ class OpenSandboxBox:
         self._reach = reach
         self._execd: Execd | None = None
         self._fed = anyio.Event()
+        self._dead = False
+        """Whether it was so before it had taken the whole bundle."""
         self._stopped = False
         self._command = ""
         self._ended: Ended | None = None
@@ -89,8 +96,10 @@ class OpenSandboxBox:
         try:
             execd = self._execd = await self._connect()
             program = await self._service.program(await execd.machine())
-            files = [(manifest.SUPERVISOR, 0o700, program), (manifest.BUNDLE, 0o600, b"".join(bundle.records()))]
-            await execd.upload(manifest.upload(files))
+            records = await to_thread.run_sync(b"".join, bundle.records())
+            await execd.upload(
+                manifest.upload([(manifest.SUPERVISOR, 0o700, program), (manifest.BUNDLE, 0o600, records)])
+            )
         except Refused as exc:
             raise await self._not_taken(exc) from exc
         except HttpFailure as exc:
@@ -102,7 +111,7 @@ class OpenSandboxBox:
                     hint="Run again; look at the service's log if it lasts.",
                     retryable=True,
                 ) from exc
-            self._execd = None
+            self._dead = True
         self._fed.set()
 
     async def _connect(self) -> Execd:
@@ -142,7 +151,7 @@ class OpenSandboxBox:
             ClocheError: it never will.
         """
         for place in endpoint.places:
-            execd = self._reach(place, endpoint.headers)
+            execd = await self._reach(place, endpoint.headers)
             try:
                 await execd.ping()
             except NotAllowed as exc:
@@ -207,7 +216,7 @@ class OpenSandboxBox:
             ClocheError: the command is not started, or what comes is no stream of events.
         """
         await self._fed.wait()
-        if self._execd is None or self._stopped:
+        if self._execd is None or self._dead or self._stopped:
             return
         try:
             while True:
