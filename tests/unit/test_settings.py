@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import cloche
+from cloche._kit.http import Server
+from cloche.backends.opensandbox import address
+from cloche.backends.opensandbox.allowed import Allowed
 from cloche.isolation import Isolation
 from cloche.settings import Mode, Settings, extra, parse_duration, resolve, variables
 from cloche.spec import Limits, Spec, parse_bytes
@@ -30,6 +33,7 @@ def test_defaults() -> None:
     assert (s.kube_namespace, s.kube_service_account) == ("cloche-sandbox", "cloche-sandbox-runner")
     assert s.image == "python:3.12-slim"
     assert (s.opensandbox_api_url, s.opensandbox_api_key, s.ssrf_whitelist) == (None, None, ())
+    assert s.opensandbox_server_proxy is False
 
 
 def test_workspace_bound_depends_on_the_mode() -> None:
@@ -82,7 +86,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "kube_api_port": ("6443", 6443),
     "opensandbox_api_url": ("https://sandbox.example/v1", "https://sandbox.example/v1"),
     "opensandbox_api_key": ("hush", None),
-    "ssrf_whitelist": ("a.example,10.0.0.0/8", ("a.example", "10.0.0.0/8")),
+    "opensandbox_server_proxy": ("true", True),
+    "ssrf_whitelist": ("a.example, *.b.example,10.0.0.0/8", ("a.example", "*.b.example", "10.0.0.0/8")),
     "log": ("debug", "debug"),
 }
 
@@ -200,6 +205,9 @@ BROKEN = [
     ("CLOCHE_KUBE_TOLERATIONS", "all", "a JSON list"),
     ("CLOCHE_KUBE_TOLERATIONS", '[{"kee": "a"}]', "a JSON list"),
     ("CLOCHE_OPENSANDBOX_API_URL", "ftp://x", "http://"),
+    ("CLOCHE_OPENSANDBOX_SERVER_PROXY", "perhaps", "true or false"),
+    ("CLOCHE_SSRF_WHITELIST", "a.example;b.example", "*.boxes.example,10.1.0.0/16"),
+    ("SSRF_WHITELIST", "10.0.0.0/33", "*.boxes.example,10.1.0.0/16"),
     ("CLOCHE_LOG", "loud", "debug, info"),
 ]
 
@@ -210,6 +218,190 @@ def test_broken_value(name: str, value: str, allowed: str) -> None:
     with pytest.raises(cloche.InvalidSettings, match=name) as caught:
         Settings.from_env({name: value})
     assert allowed in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://sandbox.example",
+        "http://sandbox.example:8080/",
+        "sandbox.example",
+        "sandbox.example:8080",
+        "sandbox.example/v1",
+        "sandbox.example.",
+        "my_box",
+        "10.1.2.3:65535",
+        "http://10.1.2.3:8080/api/v1",
+        "[::1]",
+        "[::1]:8080",
+        "http://[fd00::1]:8080/v1",
+        "http://[::ffff:10.1.2.3]",
+        "https://user:pass@sandbox.example",
+        "https://user:p%40ss;é[!]@sandbox.example:1/v1",
+    ],
+)
+def test_address_of_opensandbox(text: str) -> None:
+    """The service's address may leave its scheme out, and may bear a port, a path, and behind a scheme a user."""
+    assert Settings.from_env({"CLOCHE_OPENSANDBOX_API_URL": f" {text} "}).opensandbox_api_url == text
+    assert address.api(text).scheme == ("http" if text.startswith("http:") else "https")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ftp://x",
+        "HTTPS://x",
+        "unix:///run/x.sock",
+        "//x",
+        "http://",
+        "http:///x",
+        "https://x,https://y",
+        "user:pass@host",
+        "user@host",
+        "https://user:pass@",
+        "https://a@b@c",
+        "https://a\\b@c",
+        "https://a\x01@c",
+        "https://a b@c",
+        "https://a/b@c",
+        "a b",
+        "https://x /",
+        "https://x/a b",
+        "x\ny",
+        "x?a=b",
+        "x/?a",
+        "x#a",
+        "x\\y",
+        "x/%2e",
+        "x/..",
+        "x/../y",
+        "x/./y",
+        "x:",
+        "x:0",
+        "x:65536",
+        "x:99999",
+        "x:123456",
+        "x:y",
+        "x:\u0664",
+        "b\u00f6x",
+        ".",
+        "..",
+        "::1",
+        "[::1",
+        "[]",
+        "[::::]",
+        "[1.2.3.4]",
+        "[fe80::1%25eth0]",
+        "x" * 1025,
+    ],
+    ids=lambda text: repr(text[:40]),
+)
+def test_no_address_of_opensandbox(text: str) -> None:
+    """What is no address that a request could be made from is refused before any is, and not shown: it may hold a password."""
+    with pytest.raises(cloche.InvalidSettings, match="CLOCHE_OPENSANDBOX_API_URL=…") as caught:
+        Settings.from_env({"CLOCHE_OPENSANDBOX_API_URL": text})
+    assert "sandbox.example, which means https" in caught.value.hint
+
+
+def test_address_by_hand() -> None:
+    """An address that is made by hand is checked alike: nothing behind its end, and none is none."""
+    for text in ("https://x\n", "https://x ", "", " "):
+        with pytest.raises(cloche.InvalidSettings):
+            Settings(opensandbox_api_url=text)
+    assert Settings(opensandbox_api_url=None).opensandbox_api_url is None
+
+
+@given(
+    st.one_of(
+        st.text("ab.1:/@[]\\%\u0664\u00e9-_~", max_size=20).map("http://".__add__),
+        st.text("ab.1:/@[]\\%\u0664\u00e9-_~\x01", max_size=20),
+    )
+)
+@example("http://[1::1:1]:1/.a/..b")
+def test_each_address_can_be_used(text: str) -> None:
+    """Whatever address the settings take, a request can be made from it, and goes to its host."""
+    try:
+        found = Settings(opensandbox_api_url=text).opensandbox_api_url
+    except cloche.InvalidSettings:
+        return
+    assert found is not None
+    place = address.api(found)
+    assert Server(place.base).base == place.base
+    assert place.host in found.lower()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "box.example",
+        "Box.Example.",
+        "my_box",
+        "localhost",
+        "7.example",
+        "*.boxes.example",
+        "*",
+        "10.1.2.3",
+        "10.1.0.0/16",
+        "10.1.2.3/16",
+        "10.1.0.0/255.255.0.0",
+        "0.0.0.0/0",
+        "::1",
+        "[::1]",
+        "fd00::/8",
+        "FD00::1",
+        "::ffff:10.0.0.0/104",
+    ],
+)
+def test_whitelist(entry: str) -> None:
+    """Hosts, hosts below a name, addresses and networks may be on the allow-list, and are kept as they were written."""
+    found = Settings.from_env({"CLOCHE_SSRF_WHITELIST": f"a.example, {entry} ,"}).ssrf_whitelist
+    assert found == ("a.example", entry)
+    Allowed.of("api.example", found)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "a b",
+        "a;b",
+        "-a",
+        ".example",
+        "b\u00f6x.example",
+        "user@box.example",
+        "box.example:8080",
+        "box.example/",
+        "https://box.example",
+        "10.1.2.3:80",
+        "[::1]:80",
+        "*.",
+        "*example",
+        "**.example",
+        "*.*.example",
+        "a.*.example",
+        "box.*",
+        "10.0.0.0/33",
+        "10.0.0.0/",
+        "10.0.0.0/8/8",
+        "10.0.0.0-10.0.0.9",
+        "10.0.0.300",
+        "10.0.0",
+        "10.0.0.0.0",
+        "1234",
+        "*.10.0.0.1",
+        "fd00::/129",
+        "fd00:::1",
+        "::g",
+        "a" * 254,
+    ],
+)
+def test_no_entry_of_a_whitelist(entry: str) -> None:
+    """An entry that is neither a host nor a network is refused, rather than allow something else or nothing."""
+    for text in (entry, f"a.example,{entry}"):
+        with pytest.raises(cloche.InvalidSettings, match="CLOCHE_SSRF_WHITELIST") as caught:
+            Settings.from_env({"CLOCHE_SSRF_WHITELIST": text})
+        assert "box.example,*.boxes.example,10.1.0.0/16" in caught.value.hint
+    with pytest.raises(cloche.InvalidSettings, match="ssrf_whitelist"):
+        Settings(ssrf_whitelist=(entry,))
 
 
 def test_by_hand() -> None:
