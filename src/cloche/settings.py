@@ -156,6 +156,8 @@ def _check_address(text: str) -> str:
         raise ValueError("no address")
     if found["host"].startswith("["):
         ipaddress.IPv6Address(found["host"].strip("[]"))
+    elif found["host"].rstrip(".").rpartition(".")[2].isdecimal():
+        ipaddress.IPv4Address(found["host"])  # what ends in a number is no name to anybody
     if {".", ".."} & {*(found["path"] or "").split("/")}:
         raise ValueError("a path that leads out of itself")
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,12 @@ def daemon(service: Service) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def server(service: Service) -> Server:
+def server(service: Service) -> Iterator[Server]:
     """The server itself, which can be killed and started again."""
     del service
     folder = os.environ.get("CLOCHE_TEST_OPENSANDBOX_FOLDER", "")
     if not folder:
         absent("opensandbox", "CLOCHE_TEST_OPENSANDBOX_FOLDER is not set: this service cannot be stopped")
-    return Server("current", Path(folder), owned=False)
+    found = Server("current", Path(folder), owned=False)
+    yield found
+    found.leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -11,14 +12,13 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from cloche.backends.opensandbox import address
-from cloche.backends.opensandbox.address import EXECD_PORT, MAX_HEADER_BYTES, MAX_HEADERS, MAX_TEXT, Place
+from cloche.backends.opensandbox.address import EXECD_PORT, MAX_HEADER_BYTES, MAX_HEADERS, MAX_TEXT
 
-SERVICE = address.api("https://sandbox.example:8443")
 SUFFIX = f"/proxy/{EXECD_PORT}"
 
 
-def bases(text: object, *, proxied: bool = False, service: Place = SERVICE) -> list[str]:
-    return [place.base for place in address.endpoint({"endpoint": text}, service, proxied=proxied).places]
+def bases(text: object) -> list[str]:
+    return [place.base for place in address.endpoint({"endpoint": text}).places]
 
 
 @pytest.mark.parametrize(
@@ -44,25 +44,24 @@ def bases(text: object, *, proxied: bool = False, service: Place = SERVICE) -> l
         ("http://Sandbox.Example.", "http://Sandbox.Example.", "sandbox.example"),
         ("http://my_box:1", "http://my_box:1", "my_box"),
         ("http://box:65535", "http://box:65535", "box"),
-        ("https://user:pass@box:1/v1", "https://user:pass@box:1", "box"),
-        ("https://us%40er:p%2Fss@box", "https://us%40er:p%2Fss@box", "box"),
+        ("https://user:pass@box:1/v1", "https://box:1", "box"),
+        ("https://us%40er:p%2Fss@box", "https://box", "box"),
     ],
 )
 def test_service(text: str, base: str, host: str) -> None:
     """An address without a scheme means https, the version at its end belongs to each request, and the host is told plainly."""
     place = address.api(text)
     assert (place.base, place.host) == (base, host)
-    assert address.parse(place.base, "ftp") == place
+    assert address.parse(place.base, "ftp") == replace(place, user="")
 
 
 @given(st.text("abz09:%.-_~!$&'()*+,;=é", min_size=1))
-def test_what_is_shown_has_no_password(user: str) -> None:
-    """What people see of an address, and what tells origins apart, leaves out user and password; what is dialled keeps them."""
+def test_a_password_is_kept_apart(user: str) -> None:
+    """Neither what is dialled, nor what people see of an address, nor what tells origins apart has user and password in it."""
     place = address.api(f"https://{user}@Box:1/a@b/v1")
-    assert place.base == f"https://{user}@Box:1/a@b"
-    assert place.shown == "https://Box:1/a@b"
-    assert place.origin == ("https", "box:1")
-    assert place.host == "box"
+    assert (place.base, place.user) == ("https://Box:1/a@b", user)
+    assert repr(place) == repr(address.api("https://Box:1/a@b/v1"))
+    assert place.origin == ("https", "box", "1")
 
 
 @pytest.mark.parametrize(
@@ -70,6 +69,9 @@ def test_what_is_shown_has_no_password(user: str) -> None:
     [
         ("https://Box:1/x", "https://user:pass@box:1/y", True),
         ("https://[FD00::1]:1", "https://[fd00::1]:1", True),
+        ("https://box", "https://box:443", True),
+        ("http://[fd00::1]", "http://[fd00::1]:80", True),
+        ("http://box:443", "http://box", False),
         ("https://box", "http://box", False),
         ("https://box:1", "https://box:2", False),
         ("https://box", "https://box.example", False),
@@ -103,15 +105,16 @@ def test_endpoint(text: str, expected: list[str]) -> None:
     assert bases(text) == expected
 
 
-@pytest.mark.parametrize("service", ["http://box:8080", "https://user:pass@box:8080"])
-def test_endpoint_through_the_service(service: str) -> None:
-    """An address that leads through the service has the service's scheme, its suffix stays, and it carries no password."""
+@pytest.mark.parametrize("service", ["http://box:8080/below", "https://user:pass@box:8080/below/v1"])
+@pytest.mark.parametrize("said", ["evil.example:1/x", "box:8080/sandboxes/s1/proxy/44772", "", None, 7])
+def test_endpoint_through_the_service(service: str, said: object) -> None:
+    """The way through the service is where the service is for us, whatever address it says; its headers are kept."""
     place = address.api(service)
-    text = f"box:8080/v1/sandboxes/s1{SUFFIX}"
-    assert bases(text, proxied=True, service=place) == [f"{place.scheme}://{text}"]
-    (found,) = address.endpoint({"endpoint": text}, place, proxied=True).places
+    endpoint = address.through_the_service({"endpoint": said, "headers": {"A": "b"}}, place, "s1")
+    (found,) = endpoint.places
+    assert found.base == f"{place.scheme}://box:8080/below/v1/sandboxes/s1/proxy/{EXECD_PORT}"
     assert found.origin == place.origin
-    assert bases(f"http://{text}", proxied=True, service=place) == [f"http://{text}"]
+    assert endpoint.headers == {"A": "b"}
 
 
 HOSTILE = [
@@ -196,11 +199,10 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:40]))
-@pytest.mark.parametrize("proxied", [False, True])
-def test_endpoint_that_is_no_address(text: str, *, proxied: bool) -> None:
+def test_endpoint_that_is_no_address(text: str) -> None:
     """What could be read in two ways, leaves its path, cuts a request in two or is no address at all is refused."""
     with pytest.raises(ValueError, match=r"address|host"):
-        bases(text, proxied=proxied)
+        bases(text)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,7 @@ def test_endpoint_that_is_no_address(text: str, *, proxied: bool) -> None:
 def test_answer_without_an_endpoint(answer: object) -> None:
     """An answer of another form has no address in it."""
     with pytest.raises(ValueError, match="no address"):
-        address.endpoint(answer, SERVICE, proxied=False)
+        address.endpoint(answer)
 
 
 @given(
@@ -249,11 +251,10 @@ def test_read_as_it_is_dialled(text: str) -> None:
     assert url.fragment == ""
     assert url.query == b""
     assert url.path.rstrip("/") == httpx2.URL(f"http://x{place.path}").path.rstrip("/")
-    assert f"http://{place.authority.rpartition('@')[2]}" == f"http://{place.shown.split('/')[2]}"
 
 
 def headers(found: object) -> dict[str, str]:
-    return address.endpoint({"endpoint": "box:1", "headers": found}, SERVICE, proxied=False).headers
+    return address.endpoint({"endpoint": "box:1", "headers": found}).headers
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def headers(found: object) -> dict[str, str]:
 def test_headers(found: dict[str, str]) -> None:
     """What an ingress wants to see in each request is kept as it is, and not shown."""
     assert headers(found) == found
-    endpoint = address.endpoint({"endpoint": "box:1", "headers": {"A": "hush"}}, SERVICE, proxied=False)
+    endpoint = address.endpoint({"endpoint": "box:1", "headers": {"A": "hush"}})
     assert "hush" not in repr(endpoint)
 
 

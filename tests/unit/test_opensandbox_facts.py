@@ -121,9 +121,15 @@ def test_sandbox_of_which_nothing_is_known(odd: object) -> None:
     assert not found.dead
 
 
-@pytest.mark.parametrize(
-    "text", ["", "yesterday", "2026-13-01T00:00:00Z", "0001-01-01T00:00:00", "9" * 400, "\ud800"], ids=repr
-)
+@pytest.mark.parametrize("text", ["2026-01-01T00:00:00Z", "2026-01-01T00:00:00", "2026-01-01T01:00:00+01:00"])
+def test_time(text: str) -> None:
+    """A time without a zone is one of UTC, whatever this machine's zone is."""
+    found = facts.parse_sandbox({"id": "s1", "createdAt": text})
+    assert found is not None
+    assert found.created_at == 1767225600.0
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "2026-13-01T00:00:00Z", "9" * 400, "\ud800"], ids=repr)
 def test_time_that_is_none(text: str) -> None:
     """What is no time is not said."""
     assert facts.parse_sandbox({"id": "s1", "createdAt": text}) == Sandbox("s1")

@@ -347,6 +347,8 @@ def _translated() -> Iterator[None]:
         raise _connect_failure(exc) from exc
     except (httpx2.TimeoutException, httpcore2.TimeoutException, TimeoutError) as exc:
         raise TimedOut("no answer in time") from exc
+    except (httpx2.LocalProtocolError, httpcore2.LocalProtocolError) as exc:
+        raise ConnectionLost("the request cannot be sent") from exc  # its words have what cannot, which may be a secret
     except (
         httpx2.RequestError,
         httpx2.StreamError,

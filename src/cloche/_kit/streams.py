@@ -13,8 +13,9 @@ import ipaddress
 import select
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import anyio
@@ -22,6 +23,9 @@ import anyio.lowlevel
 import httpcore2
 
 IPAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+NEXT_ATTEMPT_S = 0.25
+"""After so long without a connection a host's next address is tried beside the one before."""
 
 
 class NotAllowedError(Exception):
@@ -206,17 +210,58 @@ class GuardedBackend(Backend):
             httpcore2.ConnectTimeout, httpcore2.ConnectError.
             NotAllowedError: none is allowed.
         """
-        problem: Exception | None = None
         with _translated(httpcore2.ConnectTimeout, httpcore2.ConnectError), anyio.fail_after(timeout):
             found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
             allowed = [a for a in addresses if self._allowed(host, ipaddress.ip_address(a))]
             if not allowed:
                 raise NotAllowedError(host, ", ".join(addresses))
-            for address in allowed:
-                try:
-                    return await super().connect_tcp(address, port, timeout, local_address, socket_options)
-                except httpcore2.ConnectError as exc:
-                    problem = exc
-        assert problem is not None
-        raise problem
+            return await _first(
+                [
+                    partial(super(GuardedBackend, self).connect_tcp, a, port, timeout, local_address, socket_options)
+                    for a in allowed
+                ]
+            )
+
+
+async def _first(
+    attempts: Sequence[Callable[[], Awaitable[httpcore2.AsyncNetworkStream]]],
+) -> httpcore2.AsyncNetworkStream:
+    """The first connection that comes about. Each attempt has a moment before the next one is made beside it (RFC 8305).
+
+    Raises:
+        httpcore2.ConnectTimeout, httpcore2.ConnectError: none does; why the last one did not.
+    """
+    made: list[httpcore2.AsyncNetworkStream] = []
+    problems: list[Exception] = []
+
+    async def attempt(connect: Callable[[], Awaitable[httpcore2.AsyncNetworkStream]], over: anyio.Event) -> None:
+        try:
+            stream = await connect()
+        except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as exc:
+            problems.append(exc)
+            over.set()
+            return
+        made.append(stream)
+        tasks.cancel_scope.cancel()
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            for connect in attempts:
+                over = anyio.Event()
+                tasks.start_soon(attempt, connect, over)
+                with anyio.move_on_after(NEXT_ATTEMPT_S):
+                    await over.wait()
+    except BaseException:
+        await _close(made)
+        raise
+    if not made:
+        raise problems[-1]
+    await _close(made[1:])  # two may come about in one turn of the loop
+    return made[0]
+
+
+async def _close(streams: Iterable[httpcore2.AsyncNetworkStream]) -> None:
+    with anyio.CancelScope(shield=True):
+        for stream in streams:
+            await stream.aclose()

@@ -107,9 +107,11 @@ def is_alive(folder: Path, name: str) -> bool | None:
 
     A file that is not there proves nothing: its owner may have closed, or somebody may have cleaned up.
     """
+    if "/" in name:
+        return None
     try:
         fd = os.open(folder / f"{name}.owner", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
+    except (OSError, ValueError):  # the name comes from an engine, and may be none that a file could have
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that look do not see each other

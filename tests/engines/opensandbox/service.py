@@ -157,6 +157,12 @@ class Service(Daemon):
                 raise RuntimeError(f"the OpenSandbox server does not start; its log ends so:\n{said[-3000:]}")
             time.sleep(0.05)
 
+    def leave(self) -> None:
+        """Forget the processes that this object started: they go on when its program ends."""
+        for process in self._others:
+            process.returncode = 0  # nobody waits for it
+        self._others.clear()
+
     def server_answers(self) -> bool:
         """Whether the server is there."""
         try:

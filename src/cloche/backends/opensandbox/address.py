@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cloche._kit.fields import field as member
 
@@ -15,7 +15,8 @@ _ADDRESS = re.compile(
     r"(?P<path>/[!-\"$->@-\[\]-~]*)?"  # printable ASCII without ? # and backslash
 )
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
-_HEADER_TEXT = re.compile(r"[ -~]*")
+_HEADER_TEXT = re.compile(r"([!-~]([ -~]*[!-~])?)?")
+_PORTS = {"http": "80", "https": "443"}
 _OURS = frozenset(
     {"host", "connection", "content-length", "content-type", "transfer-encoding", "te", "upgrade", "expect"}
 )
@@ -30,24 +31,26 @@ class Place:
     host: str
     """A name in lower case without a dot at its end, or an IP address without brackets."""
     authority: str
-    """With user and port, as it stands in a URL."""
+    """Host and port, as they stand in a URL."""
     path: str
     """Without a slash at its end; empty, or begins with one."""
+    user: str = field(default="", repr=False)
+    """A user and a password as they stood in the URL, for whoever stands before a server and wants them (RFC 7617)."""
 
     @property
     def base(self) -> str:
-        """As a URL."""
+        """As a URL, without user and password."""
         return f"{self.scheme}://{self.authority}{self.path}"
 
     @property
-    def shown(self) -> str:
-        """The same for people, without a password."""
-        return f"{self.scheme}://{self.authority.rpartition('@')[2]}{self.path}"
+    def origin(self) -> tuple[str, str, str]:
+        """Scheme, host and port."""
+        port = self.authority.rpartition("]")[2].rpartition(":")[2] if self._has_port else _PORTS[self.scheme]
+        return self.scheme, self.host, port
 
     @property
-    def origin(self) -> tuple[str, str]:
-        """Scheme, and host with port."""
-        return self.scheme, self.authority.rpartition("@")[2].lower()
+    def _has_port(self) -> bool:
+        return ":" in self.authority.rpartition("]")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,8 @@ def parse(text: str, scheme: str) -> Place:
     host = match["host"].strip("[]").lower().rstrip(".")
     if not host:
         raise ValueError("no host")
-    authority = (match["user"] or "") + match["host"] + (match["port"] or "")
-    return Place(match["scheme"] or scheme, host, authority, (match["path"] or "").rstrip("/"))
+    authority, path = match["host"] + (match["port"] or ""), (match["path"] or "").rstrip("/")
+    return Place(match["scheme"] or scheme, host, authority, path, (match["user"] or "").removesuffix("@"))
 
 
 def api(text: str) -> Place:
@@ -83,28 +86,40 @@ def api(text: str) -> Place:
         ValueError: it is none.
     """
     place = parse(text, "https")
-    return Place(place.scheme, place.host, place.authority, place.path.removesuffix("/v1").rstrip("/"))
+    return replace(place, path=place.path.removesuffix("/v1").rstrip("/"))
 
 
-def endpoint(answer: object, service: Place, *, proxied: bool) -> Endpoint:
-    """What the service says of where execd is. ``proxied``: it leads through the service itself.
+def endpoint(answer: object) -> Endpoint:
+    """What the service says of where execd is.
 
     Raises:
         ValueError: that is no address, or it carries headers that no request can.
     """
-    place = parse(member(answer, "endpoint", str, ""), service.scheme if proxied else "http")
-    if "@" in place.authority:
+    place = parse(member(answer, "endpoint", str, ""), "http")
+    if place.user:
         raise ValueError("an address with a user")
     places = [place]
     # There the port is execd's own, and the suffix has it pass each request on to itself: one connection more for each, and a
     # few answers in a thousand cut off. Other services need the suffix.
-    if not proxied and place.path.endswith(suffix := f"/proxy/{EXECD_PORT}"):
-        path = place.path.removesuffix(suffix).rstrip("/")
-        places.insert(0, Place(place.scheme, place.host, place.authority, path))
-    return Endpoint(tuple(places), _headers(member(answer, "headers", dict, {})))
+    if place.path.endswith(suffix := f"/proxy/{EXECD_PORT}"):
+        places.insert(0, replace(place, path=place.path.removesuffix(suffix).rstrip("/")))
+    return Endpoint(tuple(places), _headers(answer))
 
 
-def _headers(found: dict[object, object]) -> dict[str, str]:
+def through_the_service(answer: object, service: Place, name: str) -> Endpoint:
+    """Where execd of a sandbox is, by way of the service itself. Its answer has the headers; the address in it is what the
+    service believes to be its own (``eip``), and we know that better.
+
+    Raises:
+        ValueError: it carries headers that no request can.
+    """
+    return Endpoint(
+        (replace(service, path=f"{service.path}/v1/sandboxes/{name}/proxy/{EXECD_PORT}"),), _headers(answer)
+    )
+
+
+def _headers(answer: object) -> dict[str, str]:
+    found = member(answer, "headers", dict, {})
     headers = {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
     size = sum(len(name) + len(text) for name, text in headers.items())
     if len(headers) < len(found) or len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:

@@ -59,11 +59,11 @@ class Allowed:
                 if "/" in text:
                     raise
                 names.add(text)
-        return cls(own, frozenset(names), tuple(suffixes), tuple(networks))
+        return cls(_spelled(own), frozenset(names), tuple(suffixes), tuple(networks))
 
     def __call__(self, host: str, address: IPAddress) -> bool:
         """Whether to connect to ``host`` at ``address``."""
-        host, meant = host.lower().rstrip("."), _meant(address)
+        host, meant = _spelled(host.lower().rstrip(".")), _meant(address)
         if host == self.own or host in self.names:
             return True
         if any(meant in network or address in network for network in self.networks):
@@ -74,6 +74,14 @@ class Allowed:
 def _is_public(address: IPAddress) -> bool:
     unicast = isinstance(address, ipaddress.IPv4Address) or address in _UNICAST
     return unicast and address.is_global and address not in METADATA
+
+
+def _spelled(host: str) -> str:
+    """One spelling for each address of IPv6."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host
 
 
 def _meant(address: IPAddress) -> IPAddress:

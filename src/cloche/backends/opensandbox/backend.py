@@ -24,7 +24,7 @@ from cloche.backends.opensandbox.address import Place
 from cloche.backends.opensandbox.allowed import Allowed
 from cloche.backends.opensandbox.box import OpenSandboxBox, Service
 from cloche.backends.opensandbox.client import OpenSandboxClient, Refused
-from cloche.backends.opensandbox.execd import Execd
+from cloche.backends.opensandbox.execd import ACCESS_HEADER, Execd
 from cloche.backends.opensandbox.facts import Sandbox
 from cloche.backends.opensandbox.manifest import Made
 from cloche.errors import BackendUnavailable, ClocheError, EngineLost, QuotaExceeded
@@ -32,13 +32,19 @@ from cloche.isolation import Isolation, Posture
 from cloche.settings import Settings
 from cloche.supervisor.binary import machine_name, supervisor_path
 
-PATIENCE_S = 5.0
+PATIENCE_S = 2.0
 """So long the answer to a request to make a sandbox is waited for when nobody wants the sandbox any more: the service makes it
 all the same, and only the answer has its id."""
-FIND_S, FIND_STEPS_S = 8.0, (0.2, 0.5, 1.0)
-"""For a sandbox whose answer was lost to be found by its metadata, and between two looks for it."""
+FIND_S, FIND_REFUSED_S, FIND_STEPS_S = 4.0, 0.5, (0.2, 0.5, 1.0)
+"""For a sandbox whose answer was lost to be found by its metadata; the same, where somebody answered that it was not made; and
+between two looks for it."""
+UNANSWERED = frozenset({408, 499, 504})
+"""Whoever stands before the service did not wait for its answer."""
 REMOVE_S, REMOVE_PAUSE_S = 25.0, 1.0
-STOP_S = 1.0
+HOPELESS = frozenset({400, 405, 422})
+"""No repetition makes such a request to delete a better one."""
+SWEEP_S = 60.0
+STOP_S = 2.0
 """From asking execd to end a command to the supervisor's SIGTERM."""
 QUOTA_PAUSES_S = (0.2, 0.5, 1.0, 2.0)
 QUOTA_RESERVE_S = 1.0
@@ -94,14 +100,14 @@ class OpenSandboxBackend:
             )
         place = address.api(settings.opensandbox_api_url)
         key = settings.opensandbox_api_key
-        secret = None if key is None else key.get_secret_value()
+        secret = None if key is None else key.get_secret_value().strip()
         if secret is not None and not (secret.isascii() and secret.isprintable()):
             raise BackendUnavailable(
                 "The key of the OpenSandbox service is no text that can be sent.", hint=diagnose.KEY_HINT
             )
         client = self._client = OpenSandboxClient(place, secret, await self._tls_for(place))
         version = await probe.look(client)
-        self._keeper.note = leftovers.note(place.shown)
+        self._keeper.note = leftovers.note(place.base)
         await self._keeper.begin()
         posture = Posture(
             "opensandbox",
@@ -154,20 +160,19 @@ class OpenSandboxBackend:
 
         async def reach(place: Place, headers: Mapping[str, str]) -> Execd:
             # The service's word on what execd wants to see comes after ours.
-            given = {
-                "x-execd-access-token": made.access_token,
-                **{name.lower(): text for name, text in headers.items()},
-            }
-            given |= client.headers_for(place)
+            given = {ACCESS_HEADER: made.access_token, **{name.lower(): text for name, text in headers.items()}}
+            given |= {name.lower(): text for name, text in client.headers_for(place).items()}
             return Execd(place, given, allowed=setup.allowed, tls=await self._tls_for(place))
 
         box = OpenSandboxBox(setup.service, sandbox.id, manifest.supervisor(profile, uid), reach)
         try:
             yield box
         finally:
-            with anyio.CancelScope(shield=True):
-                await box.aclose()
-            await self._remove(client, sandbox.id)
+            try:
+                with anyio.CancelScope(shield=True):
+                    await box.aclose()
+            finally:
+                await self._remove(client, sandbox.id)
 
     @staticmethod
     def _made(profile: Profile, now: float) -> Made:
@@ -207,7 +212,7 @@ class OpenSandboxBackend:
         async def ask() -> None:
             with asking:
                 try:
-                    answers.append(await client.create(body))
+                    answers.append(await client.create(body, self._settings.start_timeout))
                 except (Refused, HttpFailure) as exc:
                     answers.append(exc)
             answered.set()
@@ -237,17 +242,21 @@ class OpenSandboxBackend:
         match answers:
             case [Sandbox() as sandbox]:
                 await self._remove_failed(client, sandbox.id)
-            case [Refused() | ConnectFailure()]:
+            case [ConnectFailure()]:
+                return  # nothing was asked for
+            case [Refused() as refused] if _says_what_it_did(refused):
                 return  # nothing was made
+            case [Refused() as refused] if refused.status not in UNANSWERED:
+                await self._remove_lost(client, body["metadata"][manifest.META_TRY], FIND_REFUSED_S)
             case _:
-                await self._remove_lost(client, body["metadata"][manifest.META_TRY])
+                await self._remove_lost(client, body["metadata"][manifest.META_TRY], FIND_S)
 
-    async def _remove_lost(self, client: OpenSandboxClient, token: str) -> None:
-        with anyio.move_on_after(FIND_S, shield=True):
+    async def _remove_lost(self, client: OpenSandboxClient, name: str, within_s: float) -> None:
+        with anyio.move_on_after(within_s, shield=True):
             looks = 0
             while True:
                 try:
-                    found = [sandbox async for sandbox in client.sandboxes({manifest.META_TRY: token})]
+                    found = [sandbox async for sandbox in client.sandboxes({manifest.META_TRY: name})]
                 except (Refused, HttpFailure) as exc:
                     _log.debug("the service does not tell what it made: %s", exc)
                     found = []
@@ -283,6 +292,8 @@ class OpenSandboxBackend:
                 except (Refused, HttpFailure) as exc:
                     problem = exc
                     _log.debug("%s is not deleted yet: %s", name, exc)
+                    if isinstance(exc, Refused) and exc.status in HOPELESS:
+                        break
                 else:
                     return
                 await anyio.sleep(REMOVE_PAUSE_S)
@@ -299,7 +310,14 @@ class OpenSandboxBackend:
             return ()
         client = self._setup.service.client
         try:
-            return await leftovers.sweep(client, self._keeper)
+            with anyio.fail_after(SWEEP_S):
+                return await leftovers.sweep(client, self._keeper)
+        except TimeoutError:
+            raise BackendUnavailable(
+                f"The OpenSandbox service at {client.place.base} did not tell of leftovers within {SWEEP_S:g} s.",
+                hint="Look at its load.",
+                retryable=True,
+            ) from None
         except Refused as exc:
             raise diagnose.refusal(exc, "tell of leftovers") from exc
         except HttpFailure as exc:
@@ -317,3 +335,8 @@ class OpenSandboxBackend:
         client, self._client = self._client, None
         if client is not None:
             await client.aclose()
+
+
+def _says_what_it_did(refused: Refused) -> bool:
+    """Whether it is the service itself that refuses to make a sandbox, and not one who only stands before it."""
+    return (400 <= refused.status < 500 and refused.status not in UNANSWERED) or "::" in refused.code

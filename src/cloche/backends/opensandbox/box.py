@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import anyio
 from anyio import to_thread
 
-from cloche._kit.http import HttpFailure, NotAllowed, Stream, TlsFailure
+from cloche._kit.http import ConnectFailure, ConnectionLost, HttpFailure, NotAllowed, Stream, TimedOut, TlsFailure
 from cloche._kit.steps import step
 from cloche.backends.contract import Fate, FateKind
 from cloche.backends.opensandbox import diagnose, facts, manifest
@@ -30,12 +30,16 @@ READY_STEPS_S = (0.005, 0.005, 0.01, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 """Between two looks whether execd is there; the last one is repeated."""
 LOOK_S = 0.3
 """A sandbox whose execd is not there after so long is looked at, and again after as long: it may be dead."""
-INTERRUPT_S = 0.5
+INTERRUPT_S = 2.0
 """For a request to end the command to be on its way; its answer comes when the command has ended."""
 SETTLE_S, SETTLE_STEP_S = 1.0, 0.1
 """For the service to see that a sandbox has ended whose connection broke, and between two looks."""
+WORDS_S = 5.0
+"""For what is only asked to explain an error."""
 MAX_WORDS = 2000
 MAX_UID_DIGITS = 10
+KILLED = "code 137"
+"""What the service says of a sandbox whose main process was killed by SIGKILL, as the kernel does for want of memory."""
 _NO_PROGRAM = frozenset({None, 126, 127})
 """What a shell, or execd itself, says of a program that cannot be started."""
 
@@ -74,13 +78,17 @@ class OpenSandboxBox:
         self._fed = anyio.Event()
         self._dead = False
         """Whether it was so before it had taken the whole bundle."""
-        self._stopped = False
+        self._stopped = anyio.Event()
         self._command = ""
         self._ended: Ended | None = None
         self._words = ""
         """What the command wrote to stderr: the supervisor itself writes nothing there."""
+        self._begun = False
+        """Whether the supervisor has written anything."""
         self._trouble = ""
         """What went wrong last."""
+        self._broken = False
+        """Whether that was the end of a connection, and not silence."""
 
     async def aclose(self) -> None:
         """Close the connections to the sandbox."""
@@ -95,7 +103,7 @@ class OpenSandboxBox:
         """
         try:
             execd = self._execd = await self._connect()
-            program = await self._service.program(await execd.machine())
+            program = await self._service.program(await self._inspect(execd))
             records = await to_thread.run_sync(b"".join, bundle.records())
             await execd.upload(
                 manifest.upload([(manifest.SUPERVISOR, 0o700, program), (manifest.BUNDLE, 0o600, records)])
@@ -150,6 +158,7 @@ class OpenSandboxBox:
         Raises:
             ClocheError: it never will.
         """
+        refusals: list[Refused] = []
         for place in endpoint.places:
             execd = await self._reach(place, endpoint.headers)
             try:
@@ -159,19 +168,55 @@ class OpenSandboxBox:
                 raise diagnose.not_allowed(exc) from exc
             except TlsFailure as exc:
                 await execd.aclose()
-                raise diagnose.unreachable(exc, place, "let us speak to the sandbox") from exc
+                raise diagnose.not_spoken_to(exc, self._name, place) from exc
             except (HttpFailure, Refused) as exc:
                 await execd.aclose()
-                self._trouble = f"{place.shown} does not answer: {exc}"
-                if isinstance(exc, Refused) and exc.status == 401:
-                    raise _another_ones(self._name, exc) from exc
+                self._trouble = f"{place.base} does not answer: {exc}"
+                if isinstance(exc, Refused) and exc.status in {401, 403}:
+                    refusals.append(exc)
             except BaseException:
                 with anyio.CancelScope(shield=True):
                     await execd.aclose()
                 raise
             else:
                 return execd
+        if len(refusals) == len(endpoint.places):
+            raise self._refused(refusals[-1])
         return None
+
+    def _refused(self, exc: Refused) -> ClocheError:
+        """Whoever answers for the sandbox does not take what we show. Only the service's own errors have a code then."""
+        return diagnose.refusal(exc, "let us into the sandbox") if exc.code else _another_ones(self._name, str(exc))
+
+    async def _inspect(self, execd: Execd) -> str:
+        """The architecture of the sandbox, once it has shown that it is the one that was made for this run.
+
+        Raises:
+            HttpFailure.
+            PermissionDenied: it takes commands from whoever comes.
+        """
+        ours = False
+        problems: list[HttpFailure] = []
+
+        async def knock() -> None:
+            nonlocal ours
+            try:
+                ours = await execd.knows_its_own()
+            except HttpFailure as exc:
+                problems.append(exc)
+
+        machine = ""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(knock)
+            try:
+                machine = await execd.machine()
+            except HttpFailure as exc:
+                problems.append(exc)
+        if problems:
+            raise problems[0]
+        if not ours:
+            raise _another_ones(self._name, "it takes requests without any")
+        return machine
 
     async def _check_alive(self) -> None:
         """Raises: BackendUnavailable: the sandbox is dead, or gone."""
@@ -194,12 +239,13 @@ class OpenSandboxBox:
 
     async def _not_taken(self, exc: Refused) -> ClocheError:
         """Why execd takes no files."""
-        if exc.status == 401:
-            return _another_ones(self._name, exc)
+        if exc.status in {401, 403}:
+            return self._refused(exc)
         uid = ""
         try:
             if self._execd is not None:
-                uid = await self._execd.says("id -u")
+                with anyio.move_on_after(WORDS_S):
+                    uid = await self._execd.says("id -u")
         except (Refused, HttpFailure) as problem:
             _log.debug("who execd runs as is not known: %s", problem)
         if uid.isdecimal() and uid != "0" and len(uid) <= MAX_UID_DIGITS:
@@ -216,26 +262,29 @@ class OpenSandboxBox:
             ClocheError: the command is not started, or what comes is no stream of events.
         """
         await self._fed.wait()
-        if self._execd is None or self._dead or self._stopped:
+        if self._execd is None or self._dead or self._stopped.is_set():
             return
+        # execd up to 1.1.0 answers a list of arguments with 400: it misses the text for a shell.
         try:
-            while True:
-                body = manifest.command(self._argv, shell=not self._service.argv)
+            for shell in (False, True) if self._service.argv else (True,):
                 try:
-                    async with self._execd.command(body) as stream, aclosing(self._frames(stream)) as frames:
-                        async for chunk in frames:
-                            yield chunk
-                        return
+                    async with self._execd.command(manifest.command(self._argv, shell=shell)) as stream:
+                        self._service.argv = not shell
+                        async with aclosing(self._frames(stream)) as frames:
+                            async for chunk in frames:
+                                yield chunk
                 except Refused as exc:
-                    if not self._service.argv or exc.status != 400:
+                    if shell or exc.status != 400:
                         raise
-                    self._service.argv = False  # execd up to 1.1.0 misses the text for a shell
-                    if self._stopped:
+                    if self._stopped.is_set():
                         return
+                else:
+                    return
         except Refused as exc:
             raise BackendUnavailable(f"The sandbox {self._name} does not start the supervisor: {exc}.") from exc
         except HttpFailure as exc:
-            self._trouble = str(exc)  # the service may know what became of the sandbox
+            # The service may know what became of the sandbox.
+            self._trouble, self._broken = str(exc), not isinstance(exc, TimedOut)
         except EventError as exc:
             raise ProtocolError(f"What comes from the sandbox {self._name} is no stream of events: {exc}.") from exc
 
@@ -246,37 +295,40 @@ class OpenSandboxBox:
         events = Decoder()
         async with aclosing(stream.chunks()) as chunks:
             async for chunk in chunks:
-                for line in [line for event in events.feed(chunk) for line in await self._take(event)]:
-                    yield line
+                for event in events.feed(chunk):
+                    if (line := await self._take(event)) is not None:
+                        yield line
                 if self._ended is not None:
                     return
         try:
             last = list(events.finish())
         except EventError:
             last = []  # a proxy may end an answer that was cut off as if it were whole
-        for line in [line for event in last for line in await self._take(event)]:
-            yield line
+        for event in last:
+            if (line := await self._take(event)) is not None:
+                yield line
         if self._ended is None:
-            self._trouble = "the command's stream ended before the command"
+            self._trouble, self._broken = "the command's stream ended before the command", True
 
-    async def _take(self, event: Event) -> list[bytes]:
+    async def _take(self, event: Event) -> bytes | None:
         match event:
             case Begun(command=command):
                 self._command = command if facts.is_id(command) else ""
-                if self._stopped:
+                if self._stopped.is_set():
                     await self._interrupt()
             case Printed(stream="stdout", text=text):
+                self._begun = True
                 line = text.encode("utf-8", "replace")
-                return [line if line.endswith(b"\n") else line + b"\n"]
+                return line if line.endswith(b"\n") else line + b"\n"
             case Printed(text=text):
                 self._words = (self._words + text)[:MAX_WORDS]
             case Ended():
                 self._ended = event
-        return []
+        return None
 
     async def stop(self) -> None:
         """Have the supervisor sent SIGTERM; one that has not been started yet never is."""
-        self._stopped = True
+        self._stopped.set()
         if not self._fed.is_set():
             self._fed.set()
         else:
@@ -303,25 +355,50 @@ class OpenSandboxBox:
             if sandbox is None:
                 return Fate(FateKind.DELETED, f"The sandbox {self._name} is gone.")
             if sandbox.dead:
+                if KILLED in sandbox.message and await self._out_of_memory():
+                    return Fate(FateKind.OOM_KILLED, f"The sandbox {self._name} ran out of memory.")
                 return Fate(FateKind.EXITED, f"The sandbox {self._name} has ended: {_said(sandbox)}.")
-            if self._ended is not None:
-                return self._without_word(self._ended)
-            if await self._out_of_memory():
-                return Fate(FateKind.OOM_KILLED, f"Memory ran out in the sandbox {self._name}, and execd died of that.")
+            if (known := await self._fate_of_the_living()) is not None:
+                return known
             if anyio.current_time() >= until or sandbox.state == "Paused":
                 state = f"The sandbox {self._name} is {sandbox.state or 'in no known state'}"
                 return Fate(FateKind.LOST, f"{state}; {self._trouble}." if self._trouble else f"{state}.")
             await anyio.sleep(SETTLE_STEP_S)
 
-    def _without_word(self, ended: Ended) -> Fate:
-        """What became of a supervisor that said nothing of it, by what its command said."""
-        words = facts.shortened(self._words) or facts.shortened(ended.message).strip(": ") or "it gives no reason"
-        if ended.exit_code in _NO_PROGRAM:
+    async def _fate_of_the_living(self) -> Fate | None:
+        """What became of a command whose sandbox goes on; None: nothing shows it.
+
+        That something was killed for want of memory the engine remembers for good. It explains what a script cannot have done
+        otherwise: an end by SIGKILL of the script that the supervisor tells of, or of the supervisor, and the death of execd.
+        """
+        if self._ended is None:
+            dead = self._broken and await self._execd_is_dead()
+            if (dead or not self._trouble) and await self._out_of_memory():
+                return Fate(FateKind.OOM_KILLED, f"Memory ran out in the sandbox {self._name}.")
+            return None
+        code = self._ended.exit_code
+        if code in {0, -1} and await self._out_of_memory():
+            return Fate(FateKind.OOM_KILLED, f"Memory ran out in the sandbox {self._name}.")
+        words = facts.shortened(self._words) or facts.shortened(self._ended.message).strip(": ") or "it gives no reason"
+        if code in _NO_PROGRAM and not self._begun:
             return Fate(FateKind.NOT_STARTED, f"The supervisor cannot be started in the sandbox: {words}.")
-        return Fate(FateKind.EXITED, f"The supervisor ended with {ended.exit_code}: {words}.")
+        if code is None:
+            return Fate(FateKind.LOST, f"execd lost the command: {words}.")
+        return Fate(FateKind.EXITED, f"The supervisor ended with {code}: {words}.")
+
+    async def _execd_is_dead(self) -> bool:
+        """At its bound not only the script is refused memory: execd, which is not ours to spare, may end then."""
+        if self._execd is None:
+            return False
+        try:
+            await self._execd.ping()
+        except (ConnectFailure, ConnectionLost):  # who forwards a port may take connections that nobody answers
+            return True
+        except (Refused, HttpFailure):
+            return False
+        return False
 
     async def _out_of_memory(self) -> bool:
-        """At its bound not only the script is refused memory: execd, which is not ours to spare, may end then."""
         try:
             return await self._client.out_of_memory(self._name)
         except (Refused, HttpFailure) as exc:
@@ -333,11 +410,11 @@ def _said(sandbox: Sandbox) -> str:
     return (sandbox.message or sandbox.reason or sandbox.state).rstrip(".")
 
 
-def _another_ones(name: str, exc: Refused) -> PermissionDenied:
+def _another_ones(name: str, why: str) -> PermissionDenied:
     return PermissionDenied(
-        f"What answers for the sandbox {name} does not know its token: {exc}.",
-        hint="It is another sandbox: the service runs in Docker's host mode, where all share one port. Set its network_mode to"
-        f" bridge ({diagnose.DOCS}).",
+        f"What answers for the sandbox {name} does not know its token: {why}.",
+        hint="It may be another sandbox: where the service runs in Docker's host mode, all share one port. Set its network_mode"
+        f" to bridge ({diagnose.DOCS}).",
     )
 
 

@@ -11,13 +11,14 @@ not: there is no way to do that once. Only a connection that never came about is
 
 from __future__ import annotations
 
+import base64
 import logging
 import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import unquote, urlencode
 
 import anyio
 
@@ -40,13 +41,13 @@ from cloche.backends.opensandbox.facts import Refusal, Sandbox
 
 QUICK_S = 20.0
 """For one answer."""
-CREATE_S = 300.0
-"""For the answer to a request that may have an image pulled. Whoever waits has a deadline of his own, which is shorter."""
 PAUSES_S = (0.1, 0.3, 0.9)
 """Before each new try."""
 MAX_RETRY_AFTER_S = 10.0
-PAGE, MAX_PAGES = 200, 500
-MAX_ANSWER_BYTES = 8 * 2**20
+PAGE, MAX_PAGES = 200, 50
+MAX_ANSWER_BYTES = 256 * 1024
+MAX_LIST_BYTES = 4 * 2**20
+"""Of one page: 20 KiB for each sandbox."""
 BUSY = frozenset({429, 502, 503, 504})
 
 _log = logging.getLogger("cloche.opensandbox")
@@ -71,6 +72,11 @@ class Refused(Exception):
         """The service's own word for it."""
         return self.refusal.code
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether there is no such thing, by the service's own word: who stands before it may say 404 of anything."""
+        return self.status == 404 and "NOT_FOUND" in self.code.upper()
+
     @classmethod
     def of(cls, answer: Answer) -> Refused:
         """What an answer says that is no success."""
@@ -83,7 +89,7 @@ class OpenSandboxClient:
     def __init__(self, place: Place, key: str | None, tls: ssl.SSLContext | None) -> None:
         self.place = place
         self._http = HttpClient(Server(place.base, tls=tls))
-        self._headers = {"Accept": "application/json", **({} if key is None else {"OPEN-SANDBOX-API-KEY": key})}
+        self._headers = {"Accept": "application/json", **_credentials(place, key)}
         self._offset_s = 0.0
 
     async def aclose(self) -> None:
@@ -100,25 +106,25 @@ class OpenSandboxClient:
         Raises:
             Refused, HttpFailure.
         """
-        answer = await self._once("GET", "/health", timeout_s=QUICK_S)
+        answer = await self._once("GET", "/health")
         return answer.ok and field(_json(answer), "status", str, "") == "healthy"
 
     async def version(self) -> str:
         """The service's own; empty where it does not tell."""
         try:
-            answer = await self._once("GET", "/version", timeout_s=QUICK_S)
-            return field(_json(answer), "version", str, "")[:64] if answer.ok else ""
+            answer = await self._once("GET", "/version")
+            return facts.shortened(field(_json(answer), "version", str, ""), 64) if answer.ok else ""
         except HttpFailure:
             return ""
 
-    async def create(self, body: Mapping[str, Any]) -> Sandbox:
-        """Make a sandbox. Its container is started; what is in it may not be ready yet.
+    async def create(self, body: Mapping[str, Any], within_s: float) -> Sandbox:
+        """Make a sandbox, for which an image may have to be pulled. Its container is started; what is in it may not be ready yet.
 
         Raises:
             Refused: nothing was made.
             HttpFailure: something may have been made.
         """
-        answer = await self._post(body)
+        answer = await self._post(body, within_s)
         if not answer.ok:
             raise Refused.of(answer)
         found = facts.parse_sandbox(_json(answer))
@@ -126,10 +132,10 @@ class OpenSandboxClient:
             raise ConnectionLost("the service's answer names no sandbox")
         return found
 
-    async def _post(self, body: Mapping[str, Any]) -> Answer:
+    async def _post(self, body: Mapping[str, Any], within_s: float) -> Answer:
         for pause in (*PAUSES_S, None):
             try:
-                return await self._once("POST", "/v1/sandboxes", body=body, timeout_s=CREATE_S)
+                return await self._once("POST", "/v1/sandboxes", body=body, timeout_s=within_s)
             except ConnectFailure as exc:
                 if pause is None or isinstance(exc, TlsFailure):
                     raise
@@ -145,7 +151,7 @@ class OpenSandboxClient:
         try:
             return facts.parse_sandbox(_json(await self._call("GET", f"/v1/sandboxes/{segment(name)}")))
         except Refused as exc:
-            if exc.status == 404:
+            if exc.is_gone:
                 return None
             raise
 
@@ -158,8 +164,8 @@ class OpenSandboxClient:
         for page in range(1, MAX_PAGES + 1):
             # The filter is a query string inside of one, so it is encoded twice.
             query: Query = {"metadata": urlencode(metadata), "page": page, "pageSize": PAGE}
-            found = _json(await self._call("GET", "/v1/sandboxes", query=query))
-            for item in field(found, "items", list, []):
+            found = _json(await self._call("GET", "/v1/sandboxes", query=query, max_bytes=MAX_LIST_BYTES))
+            for item in field(found, "items", list, [])[:PAGE]:
                 if (sandbox := facts.parse_sandbox(item)) is not None and metadata.items() <= sandbox.metadata.items():
                     yield sandbox
             if not field(field(found, "pagination", dict, {}), "hasNextPage", bool, otherwise=False):
@@ -184,7 +190,7 @@ class OpenSandboxClient:
         try:
             await self._call("DELETE", f"/v1/sandboxes/{segment(name)}")
         except Refused as exc:
-            if exc.status != 404:
+            if not exc.is_gone:
                 raise
 
     async def endpoint(self, name: str, *, proxied: bool) -> Endpoint:
@@ -195,18 +201,20 @@ class OpenSandboxClient:
             ValueError: what it says is no address.
         """
         path = f"/v1/sandboxes/{segment(name)}/endpoints/{EXECD_PORT}"
-        answer = await self._call("GET", path, query={"use_server_proxy": True} if proxied else None)
-        return address.endpoint(_json(answer), self.place, proxied=proxied)
+        answer = _json(await self._call("GET", path, query={"use_server_proxy": True} if proxied else None))
+        return address.through_the_service(answer, self.place, segment(name)) if proxied else address.endpoint(answer)
 
     def headers_for(self, place: Place) -> Mapping[str, str]:
         """What a request to a sandbox carries: the key, where it goes through the service itself, and nowhere else."""
         return self._headers if place.origin == self.place.origin else {}
 
-    async def _call(self, method: str, path: str, *, query: Query | None = None) -> Answer:
+    async def _call(
+        self, method: str, path: str, *, query: Query | None = None, max_bytes: int = MAX_ANSWER_BYTES
+    ) -> Answer:
         """One request, as often as it takes; the answer is a success."""
         for pause in (*PAUSES_S, None):
             try:
-                answer = await self._once(method, path, query=query, timeout_s=QUICK_S)
+                answer = await self._once(method, path, query=query, max_bytes=max_bytes)
             except HttpFailure as exc:
                 if pause is None or isinstance(exc, TooLarge | TlsFailure):
                     raise
@@ -230,7 +238,8 @@ class OpenSandboxClient:
         *,
         query: Query | None = None,
         body: Mapping[str, Any] | None = None,
-        timeout_s: float,
+        timeout_s: float = QUICK_S,
+        max_bytes: int = MAX_ANSWER_BYTES,
     ) -> Answer:
         answer = await self._http.request(
             method,
@@ -239,11 +248,18 @@ class OpenSandboxClient:
             body=body,
             headers=self._headers,
             timeout_s=timeout_s,
-            max_bytes=MAX_ANSWER_BYTES,
+            max_bytes=max_bytes,
         )
         if (told := answer.server_time) is not None:
             self._offset_s = told - time.time()
         return answer
+
+
+def _credentials(place: Place, key: str | None) -> Mapping[str, str]:
+    found = {} if key is None else {"OPEN-SANDBOX-API-KEY": key}
+    if place.user:
+        found["Authorization"] = f"Basic {base64.b64encode(unquote(place.user).encode()).decode()}"
+    return found
 
 
 def _json(answer: Answer) -> Any:

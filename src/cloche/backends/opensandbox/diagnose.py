@@ -39,7 +39,7 @@ def refusal(exc: Refused, what: str) -> ClocheError:
 
 def unreachable(exc: HttpFailure, place: Place, what: str) -> BackendUnavailable:
     """The service cannot be spoken to."""
-    where = place.shown
+    where = place.base
     match exc:
         case TlsFailure():
             return BackendUnavailable(
@@ -67,6 +67,14 @@ def unreachable(exc: HttpFailure, place: Place, what: str) -> BackendUnavailable
                 hint="Check that CLOCHE_OPENSANDBOX_API_URL is that of an OpenSandbox service.",
                 retryable=True,
             )
+
+
+def not_spoken_to(exc: TlsFailure, name: str, place: Place) -> BackendUnavailable:
+    """execd of a sandbox wants TLS, or has none, or another name."""
+    return BackendUnavailable(
+        f"cloche and the address that the service tells of the sandbox {name}, {place.base}, could not agree on TLS: {exc}.",
+        hint="Look at the service's eip, or set CLOCHE_OPENSANDBOX_SERVER_PROXY=true.",
+    )
 
 
 def not_allowed(exc: NotAllowed) -> PermissionDenied:

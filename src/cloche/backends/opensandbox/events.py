@@ -102,7 +102,8 @@ def _parse(line: bytes) -> Iterator[Event]:
             yield Ended(0)
         case "error":
             error = field(found, "error", dict, {})
-            value, name = field(error, "evalue", str, ""), field(error, "ename", str, "")
+            value = field(error, "evalue", str, "") or str(field(error, "evalue", int, ""))
+            name = field(error, "ename", str, "")
             code = int(value) if value.removeprefix("-").isdecimal() and value.isascii() and len(value) < 12 else None
             trace = "; ".join(t for t in field(error, "traceback", list, []) if isinstance(t, str))
             yield Ended(code, trace if code is not None and trace else f"{name}: {value}")

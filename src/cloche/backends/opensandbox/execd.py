@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from cloche._kit.http import ConnectionLost, HttpClient, Part, Server, Stream
+from cloche._kit.http import Answer, ConnectionLost, HttpClient, Part, Server, Stream
 from cloche.backends.opensandbox import facts
 from cloche.backends.opensandbox.address import Place
 from cloche.backends.opensandbox.allowed import IPAddress
 from cloche.backends.opensandbox.client import Refused
 from cloche.backends.opensandbox.events import Decoder, Ended, EventError, Printed
 
+ACCESS_HEADER = "x-execd-access-token"
 PING_S = 2.0
 """For a sign of life; whoever waits asks again."""
 QUICK_S = 20.0
@@ -33,7 +34,7 @@ MAX_WORDS = 4096
 
 
 class Execd:
-    """That of one sandbox."""
+    """That of one sandbox. The names of ``headers`` are in lower case."""
 
     def __init__(
         self,
@@ -56,7 +57,8 @@ class Execd:
         Raises:
             Refused, HttpFailure: not yet, or not here.
         """
-        await self._call("GET", "/ping", timeout_s=PING_S)
+        if (await self._call("GET", "/ping", timeout_s=PING_S)).body:
+            raise ConnectionLost("what answers is not execd")
 
     async def machine(self) -> str:
         """The architecture that its programs have, as the kernel calls it; empty: it cannot be told.
@@ -64,10 +66,28 @@ class Execd:
         Raises:
             HttpFailure.
         """
-        headers = {**self._headers, "Range": f"bytes=0-{HEAD_BYTES - 1}"}
-        query = {"path": "/proc/self/exe"}
-        async with self._http.stream("GET", "/files/download", query=query, headers=headers, idle_s=QUICK_S) as stream:
+        async with self._own_program(self._headers) as stream:
             return facts.machine_of(await stream.read(HEAD_BYTES)) if stream.status in {200, 206} else ""
+
+    async def knows_its_own(self) -> bool:
+        """Whether it refuses who does not show its token: else it is not the one that we gave one, or it heeds none.
+
+        Raises:
+            HttpFailure.
+        """
+        bare = {name: text for name, text in self._headers.items() if name != ACCESS_HEADER}
+        async with self._own_program(bare) as stream:
+            return stream.status in {401, 403}
+
+    def _own_program(self, headers: Mapping[str, str]) -> AbstractAsyncContextManager[Stream]:
+        """The head of execd's own file."""
+        return self._http.stream(
+            "GET",
+            "/files/download",
+            query={"path": "/proc/self/exe"},
+            headers={**headers, "Range": f"bytes=0-{HEAD_BYTES - 1}"},
+            idle_s=QUICK_S,
+        )
 
     async def upload(self, parts: Sequence[Part]) -> None:
         """Write files, by a form (see ``manifest.upload``).
@@ -127,7 +147,7 @@ class Execd:
         query: Mapping[str, str] | None = None,
         parts: Sequence[Part] | None = None,
         timeout_s: float,
-    ) -> None:
+    ) -> Answer:
         answer = await self._http.request(
             method,
             path,
@@ -139,3 +159,4 @@ class Execd:
         )
         if not answer.ok:
             raise Refused.of(answer)
+        return answer

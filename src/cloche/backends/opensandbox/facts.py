@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from cloche._kit.fields import field as member
@@ -70,7 +70,8 @@ def parse_sandbox(found: object) -> Sandbox | None:
 
 def _time(text: str) -> float | None:
     try:
-        return datetime.fromisoformat(text).timestamp()
+        told = datetime.fromisoformat(text)
+        return (told if told.tzinfo is not None else told.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         return None
 

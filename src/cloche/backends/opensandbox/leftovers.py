@@ -24,9 +24,11 @@ async def sweep(client: OpenSandboxClient, keeper: Keeper) -> list[Leftover]:
     Raises:
         Refused, HttpFailure: the service cannot be asked.
     """
-    found = [sandbox async for sandbox in client.sandboxes({manifest.META_KIND: manifest.KIND})]
-    now = client.server_time()
-    todo = [(s, reason) for s in found if is_ours(s) and (reason := await keeper.reason_to_remove(_claim(s), now))]
+    todo = [
+        (sandbox, reason)
+        async for sandbox in client.sandboxes({manifest.META_KIND: manifest.KIND})
+        if is_ours(sandbox) and (reason := await keeper.reason_to_remove(_claim(sandbox), client.server_time()))
+    ]
     left = [await _remove(client, sandbox, reason) for sandbox, reason in todo]
     if all(leftover.removed for leftover in left):
         await keeper.forget_the_dead()

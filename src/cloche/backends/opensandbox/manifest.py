@@ -9,7 +9,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cloche.backends import shape
@@ -44,7 +44,7 @@ class Made:
 
     name: str
     """Of this try."""
-    access_token: str
+    access_token: str = field(repr=False)
     """What execd of the sandbox wants to see in each request."""
     expires_at: float
     lifetime_s: float

@@ -17,7 +17,7 @@ async def look(client: OpenSandboxClient) -> str:
     Raises:
         BackendUnavailable: it has not.
     """
-    where = client.place.shown
+    where = client.place.base
     try:
         if not await client.healthy():
             raise BackendUnavailable(
