@@ -241,8 +241,9 @@ async def serving(
     engine = Engine()
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
         if tcp:
-            listener = socket.create_server((host, 0))
-            engine.address = "tcp://{}:{}".format(*listener.getsockname())
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server((host, 0), family=family)
+            engine.address = f"tcp://{host}:{listener.getsockname()[1]}"
         else:
             path = Path(folder, "engine.sock")
             listener = socket.create_server(str(path), family=socket.AF_UNIX)

@@ -12,7 +12,6 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -21,7 +20,7 @@ from urllib.parse import parse_qsl
 
 import anyio
 from anyio import to_thread
-from tests.wire.engine import Engine, Peer, Raw, Reply, Request
+from tests.wire.engine import Engine, Peer, Raw, Reply, Request, Word
 from tests.wire.kubernetes import FINISHED, HI, attended, chunk
 
 import cloche
@@ -31,12 +30,19 @@ from cloche.supervisor.binary import machine_name, supervisor_path
 KEY = "the-key"
 SANDBOXES, EXECD_PORT = "/v1/sandboxes", 44772
 CREATE, LIST, DELETE = f"POST {SANDBOXES}", f"GET {SANDBOXES}", f"DELETE {SANDBOXES}/*"
-ENDPOINT, LOOK = f"GET {SANDBOXES}/*/endpoints/{EXECD_PORT}", f"GET {SANDBOXES}/sb-*"
+ENDPOINT, LOOK = f"GET {SANDBOXES}/*/endpoints/{EXECD_PORT}", f"GET {SANDBOXES}/sb-{'?' * 32}"
 PING, DOWNLOAD, UPLOAD = "GET /ping", "GET /files/download", "POST /files/upload"
 COMMAND, INTERRUPT = "POST /command", "DELETE /command"
 PROXY = f"/proxy/{EXECD_PORT}"
-A_RUN = [CREATE, f"GET {SANDBOXES}/SANDBOX/endpoints/{EXECD_PORT}", PING, DOWNLOAD, UPLOAD, COMMAND, DELETE[:-1] + "SANDBOX"]
-"""All that a healthy run asks."""
+INSIDE = [PING, DOWNLOAD, DOWNLOAD, UPLOAD, COMMAND]
+"""What a healthy run asks of execd; once it asks for its program without a token, to be refused."""
+A_RUN = [
+    CREATE,
+    f"GET {SANDBOXES}/SANDBOX/endpoints/{EXECD_PORT}",
+    *INSIDE,
+    DELETE[:-1] + "SANDBOX",
+]
+"""All that it asks."""
 EVENTS = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
@@ -173,7 +179,7 @@ class OpenSandbox:
         self.command_id: Callable[[], str] = lambda: secrets.token_hex(16)
         self.places: Callable[[Box], None] = lambda box: None
         """What becomes of a new sandbox."""
-        for route, word in {
+        table: dict[str, Word] = {
             "GET /health": Reply(body={"status": "healthy"}),
             "GET /version": Reply(body={"version": "1.1.1"}),
             CREATE: self.create,
@@ -183,17 +189,19 @@ class OpenSandbox:
             DELETE: self.delete,
             f"GET {SANDBOXES}/*/endpoints/*": self.endpoint,
             f"* {SANDBOXES}/*{PROXY}/*": self.proxy,
-        }.items():
+        }
+        for route, word in table.items():
             engine.on(route, word)
-        for method_path, word in {
+        inside: dict[str, Word] = {
             PING: self.ping,
             DOWNLOAD: self.download,
             UPLOAD: self.upload,
             COMMAND: self.command,
             INTERRUPT: self.interrupt,
-        }.items():
-            method, path = method_path.split(" ")
-            execd.on(method_path, word)
+        }
+        for route, word in inside.items():
+            method, _, path = route.partition(" ")
+            execd.on(route, word)
             execd.on(f"{method} {PROXY}{path}", word)
 
     @property
@@ -213,6 +221,18 @@ class OpenSandbox:
     def to_service(self) -> list[Request]:
         """What the service was asked."""
         return [request for request in self.requests if request.headers["host"] != self.execd_address]
+
+    def tokens(self) -> list[str]:
+        """The tokens that execd was shown; empty: none was."""
+        return [request.headers.get("x-execd-access-token", "") for request in self.to_execd()]
+
+    def program_is(self, word: Reply | Raw) -> None:
+        """What is said to whoever asks for execd's program and shows a token."""
+
+        async def download(request: Request, _: Peer) -> Reply | Raw:
+            return ELSEWHERE if self._box(request) is None else word
+
+        self.execd.on(DOWNLOAD, download)
 
     def asked(self) -> list[str]:
         """What was asked so far, without names that are made up."""
@@ -311,7 +331,7 @@ class OpenSandbox:
         assert [name for name, _ in given] == ["metadata", "file"] * (len(given) // 2)
         if box.uid:
             return no(500, "RUNTIME_ERROR", "mkdir /opt/cloche: permission denied")
-        for (_, about), (_, content) in zip(given[::2], given[1::2], strict=True):
+        for (__, about), (__, content) in zip(given[::2], given[1::2], strict=True):
             described = json.loads(about)
             box.files[described["path"]] = described["mode"], content
         return Reply()
@@ -352,7 +372,7 @@ class OpenSandbox:
                     yield event(printed((line.removesuffix(b"\n") if self.old else line).decode()))
             else:
                 yield event(step)
-                if step["type"] in {"error", "execution_complete"}:
+                if step.get("type") in {"error", "execution_complete"}:
                     await anyio.sleep(self.linger_s)
 
     async def interrupt(self, request: Request, _: Peer) -> Reply:
@@ -387,22 +407,8 @@ def parts(request: Request) -> Iterator[tuple[str, bytes]]:
 
 async def is_left(owner: str) -> bool:
     """Whether an owner who has closed let it be known that something of his is still there."""
-    return await to_thread.run_sync(lambda: (owners.state_folder() / f"{owner}.owner").exists())
+    return await to_thread.run_sync(_has_file, owner)
 
 
-@contextmanager
-def no_resolver_but(resolve: Callable[[str], list[str]]) -> Iterator[None]:
-    """Names lead where a test says."""
-    import socket
-
-    def getaddrinfo(host: str | bytes, port: int, *_: Any, **__: Any) -> list[Any]:
-        name = host.decode() if isinstance(host, bytes) else host
-        return [
-            (socket.AF_INET6 if ":" in a else socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in resolve(name)
-        ]
-
-    known, socket.getaddrinfo = socket.getaddrinfo, getaddrinfo  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        socket.getaddrinfo = known
+def _has_file(owner: str) -> bool:
+    return (owners.state_folder() / f"{owner}.owner").exists()

@@ -11,6 +11,14 @@ from tests.wire.opensandbox import LIST, OpenSandbox, is_left
 from tests.wire.runs import SPEC, wait_until
 
 import cloche
+from cloche.backends.opensandbox.client import OpenSandboxClient
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch, answer_s: float) -> None:
+    """An answer of the service is waited for so long."""
+    defaults = OpenSandboxClient._once.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "timeout_s", answer_s)
 
 
 @asynccontextmanager
