@@ -72,12 +72,13 @@ imports: $(VENV)/.ready ## the direction of imports
 docs: setup ## links resolve, examples run, docs/settings.md is what the code says
 	$(BIN)/python docs/check.py
 
-bench: setup ## measure cloche against plain bubblewrap, and where there is one, a Docker daemon's own client and a cluster's bare Job
+bench: setup ## measure cloche against plain bubblewrap, and where there is one, a daemon's own client, a bare Job, a service's own package
 	@mkdir -p build
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench
 	$(BIN)/python -m benchmarks.local --json build/bench.json
 	$(BIN)/python -m benchmarks.docker --json build/bench-docker.json
 	$(BIN)/python -m benchmarks.kubernetes --json build/bench-kubernetes.json
+	$(BIN)/python -m benchmarks.opensandbox --json build/bench-opensandbox.json
 
 sanitize: setup ## the supervisor's own tests under sanitizers, and its fuzzer for a while
 	PYTHON=$(BIN)/python tests/supervisor/run-sanitizers

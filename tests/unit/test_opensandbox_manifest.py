@@ -35,7 +35,7 @@ def test_body() -> None:
         "entrypoint": ["tail", "-f", "/dev/null"],
         "timeout": 181,
         "resourceLimits": {"cpu": "1000m", "memory": f"{memory // 1024}Ki"},
-        "env": {"EXECD_ACCESS_TOKEN": "hush"},
+        "env": {"EXECD_ACCESS_TOKEN": "hush", "TMPDIR": "/tmp"},
         "metadata": {
             "cloche-kind": "box",
             "cloche-run": "r1",
@@ -111,7 +111,7 @@ def test_nothing_of_a_script() -> None:
 
 def test_the_token_is_the_only_variable() -> None:
     """Only execd's token is in the sandbox's environment, so that nothing of this process gets there."""
-    assert body()["env"] == {"EXECD_ACCESS_TOKEN": "hush"}
+    assert body()["env"] == {"EXECD_ACCESS_TOKEN": "hush", "TMPDIR": "/tmp"}
 
 
 def test_supervisor() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import subprocess
 import sys
 import time
 import urllib.request
@@ -106,8 +107,11 @@ class Service(Daemon):
         self.start_server()
 
     def _join(self) -> None:
-        if Path("/sys/class/net", self.link.device).exists():
+        look = self.enter("ip", "link", "show", INSIDE)
+        if subprocess.run(look, capture_output=True, check=False).returncode == 0:
             return
+        # That of a service which has just gone goes with its namespace, a moment later.
+        subprocess.run(["ip", "link", "delete", self.link.device], capture_output=True, check=False)
         inside = str(self._namespaces.pid)
         host.run("ip", "link", "add", self.link.device, "type", "veth", "peer", "name", INSIDE, "netns", inside)
         host.run("ip", "address", "add", f"{self.link.here}/24", "dev", self.link.device)

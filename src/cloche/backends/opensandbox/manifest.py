@@ -68,7 +68,8 @@ def sandbox(profile: Profile, image: str, place: str | None, made: Made) -> dict
             "cpu": f"{max(10, round(profile.limits.cpus * 1000))}m",
             "memory": f"{-(-memory_bytes(profile) // 1024)}Ki",
         },
-        "env": {"EXECD_ACCESS_TOKEN": made.access_token},
+        # Where execd keeps its files; an image could name a place that is the script's.
+        "env": {"EXECD_ACCESS_TOKEN": made.access_token, "TMPDIR": "/tmp"},  # noqa: S108 - sticky, and root's
         "metadata": metadata if place is None else {**metadata, META_PLACE: place},
     }
 

@@ -145,6 +145,9 @@ const char *harden_script(const struct options *o, pid_t supervisor, unsigned *d
 			errno = 0;
 		close(fd);
 	}
+	/* Beside other processes of its box, which carry what it says: it must not starve them. No way leads back. */
+	if (supervisor != 1)
+		setpriority(PRIO_PROCESS, 0, 19);
 	/* One byte and not none: none keeps a core from a file, and hands it to a program that core_pattern names all the same;
 	 * one is how the kernel is told not to (Linux, fs/coredump.c). */
 	if (!limit(RLIMIT_CORE, 1) || !limit(RLIMIT_NOFILE, o->nofile) || !limit(RLIMIT_FSIZE, o->fsize))

@@ -25,6 +25,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/shm.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -158,6 +159,11 @@ static bool own_descriptors(void)
 		return false;
 	close(null);
 	frames_init(out);
+	/* Where an engine keeps the output in a file (OpenSandbox), that is not the script's to read. */
+	struct stat st;
+
+	if (fstat(out, &st) == 0 && S_ISREG(st.st_mode) && st.st_uid == geteuid())
+		fchmod(out, 0600);
 	return fcntl(out, F_SETFL, O_WRONLY | O_NONBLOCK) == 0;
 }
 
@@ -465,6 +471,26 @@ static void drain(void)
 	}
 }
 
+/* Shared memory outlives whoever made it, and counts against the box while its artifacts are read. It is removed by its owner,
+ * and is known by him: where an engine gave the box no namespace of its own for it, others' is left alone. */
+static void forget_shared_memory(const struct options *o)
+{
+	struct shm_info info;
+	uid_t owner = o->script_uid < 0 ? getuid() : (uid_t)o->script_uid;
+	int last = shmctl(0, SHM_INFO, (struct shmid_ds *)(void *)&info);
+
+	if (!become_script(o))
+		last = -1;
+	for (int i = 0; i <= last; i++) {
+		struct shmid_ds segment;
+		int id = shmctl(i, SHM_STAT, &segment);
+
+		if (id >= 0 && segment.shm_perm.uid == owner)
+			shmctl(id, IPC_RMID, NULL);
+	}
+	become_supervisor();
+}
+
 static int finish(const struct plan *p)
 {
 	struct ending e = {.status = run.status, .cause = run.cause};
@@ -475,6 +501,7 @@ static int finish(const struct plan *p)
 		e.status = SIGKILL;
 		run.end_us = now_us();
 	}
+	forget_shared_memory(&run.o);
 	drain();
 	/* By the script's own rights: the supervisor may lack the capability to read everything, and should not need it. */
 	e.skipped = become_script(&run.o) ? collect(run.o.output, p->artifact_bytes, p->artifact_count) : 1;
