@@ -272,6 +272,7 @@ async def test_the_services_own_processes(generation: Target) -> None:
                 "execd's memory": "openable('/proc/%d/mem' % EXECD, os.O_RDWR)",
                 "execd's descriptors": "os.listdir('/proc/%d/fd' % EXECD)",
                 "limits of execd": "call('prlimit64', EXECD, 0, struct.pack('QQ', 1, 1), None)",
+                "the output's file, to read": "[read(p) for p in outputs()]",
                 "the output's file, to write": "outputs() and [open(p, 'ab') for p in outputs()]",
                 "the output's file, to remove": "outputs() and [os.unlink(p) for p in outputs()]",
                 "the output's file, in another's place": "outputs() and [os.rename('/tmp/x', p) for p in outputs()]",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -105,6 +106,41 @@ def test_no_new_privs(shipped: Bench, folder: Path) -> None:
     frames = list(Decoder().feed(done.stdout))
     told = b"".join(frame.data for frame in frames if isinstance(frame, Data))
     assert told == b"NoNewPrivs:\t0\nNoNewPrivs:\t1\n", (frames, done.stderr)
+
+
+SHARED = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+libc.shmat.restype = ctypes.c_void_p
+made = libc.shmget(0, 4096, 0o1600)
+assert made >= 0 and libc.shmat(made, None, 0) not in (None, ctypes.c_void_p(-1).value)
+print(os.nice(0), flush=True)
+os._exit(0)
+"""
+
+
+def test_shared_memory(bench: Bench) -> None:
+    """Shared memory, which outlives whoever made it, goes with the script; others' stays."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    others = libc.shmget(0, 4096, 0o1600)
+    try:
+        uid, gid = fresh_uid(), fresh_uid()
+        with bench.beside(ids=(uid, gid)) as box:
+            box.feed(bundle([PYTHON, "-I", "-S", "-c", SHARED]))
+            run = box.finish()
+        assert run.stderr == b""
+        left = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
+        assert [words for words in left if int(words[7]) == uid] == []
+        assert others in [int(words[1]) for words in left]
+    finally:
+        libc.shmctl(others, 0, None)
+
+
+@pytest.mark.parametrize(("first", "priority"), [(True, b"0\n"), (False, b"19\n")])
+def test_priority(bench: Bench, first: bool, priority: bytes) -> None:
+    """Beside others that carry what it says, a script has the lowest priority, so that it cannot starve them."""
+    run = python(bench, "import os; print(os.nice(0))", first=first)
+    assert run.stdout == priority
 
 
 AN_IMAGES_FOLDERS = """

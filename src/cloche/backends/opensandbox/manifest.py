@@ -69,7 +69,7 @@ def sandbox(profile: Profile, image: str, place: str | None, made: Made) -> dict
             "memory": f"{-(-memory_bytes(profile) // 1024)}Ki",
         },
         # Where execd keeps its files; an image could name a place that is the script's.
-        "env": {"EXECD_ACCESS_TOKEN": made.access_token, "TMPDIR": "/tmp"},  # noqa: S108 - sticky, and root's
+        "env": {"EXECD_ACCESS_TOKEN": made.access_token, "TMPDIR": "/tmp"},
         "metadata": metadata if place is None else {**metadata, META_PLACE: place},
     }
 
