@@ -173,8 +173,11 @@ def test_interrupt(sandbox: Sandbox) -> None:
 
 def test_token(sandbox: Sandbox, generation: str) -> None:
     """Whoever does not know the sandbox's token is refused; only the current generation lets everybody ping."""
-    bare = httpx2.get(f"{sandbox.execd}/ping", trust_env=False)
+    direct = sandbox.execd.removesuffix(f"/proxy/{EXECD}")
+    bare = httpx2.get(f"{direct}/ping", trust_env=False)
     assert bare.status_code == (200 if generation == "current" else 401)
+    through_itself = httpx2.get(f"{sandbox.execd}/ping", trust_env=False)
+    assert through_itself.status_code == 401
     answer = httpx2.post(f"{sandbox.execd}/command", json={"command": "true"}, trust_env=False)
     assert (answer.status_code, list(answer.json())) == (401, ["error"])
 
