@@ -106,12 +106,19 @@ class Service(Daemon):
         self._join()
         self.start_server()
 
+    def close(self) -> None:
+        """End all of it. The way to it goes with its network, which takes its time, so it is removed at once."""
+        super().close()
+        self._leave_link()
+
+    def _leave_link(self) -> None:
+        subprocess.run(["ip", "link", "delete", self.link.device], capture_output=True, check=False)
+
     def _join(self) -> None:
         look = self.enter("ip", "link", "show", INSIDE)
         if subprocess.run(look, capture_output=True, check=False).returncode == 0:
             return
-        # That of a service which has just gone goes with its namespace, a moment later.
-        subprocess.run(["ip", "link", "delete", self.link.device], capture_output=True, check=False)
+        self._leave_link()  # that of a service that was killed
         inside = str(self._namespaces.pid)
         host.run("ip", "link", "add", self.link.device, "type", "veth", "peer", "name", INSIDE, "netns", inside)
         host.run("ip", "address", "add", f"{self.link.here}/24", "dev", self.link.device)
