@@ -9,9 +9,11 @@
 package main
 
 import (
+	"bytes"
 	"crypto/subtle"
 	"encoding/json"
 	"fmt"
+	"io"
 	"log"
 	"net"
 	"net/http"
@@ -94,9 +96,16 @@ func (s *server) guarded(next http.Handler) http.Handler {
 // Passes a request on to a port of the sandbox; the server's endpoints lead execd to itself this way.
 func proxy(w http.ResponseWriter, r *http.Request) {
 	// Else this server closes the request's body with the first byte of the answer, while the transport may still look for
-	// its end; that ends the connection to the port, and cuts the answer off: 3 of 1,000 on a busy machine.
-	if err := http.NewResponseController(w).EnableFullDuplex(); err != nil {
-		log.Print(err)
+	// its end, and that cuts the answer off. Told to leave the body alone (EnableFullDuplex), it mixes what is left of it with
+	// the next request on the same connection, which then has no answer.
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		fail(w, http.StatusBadGateway, "UNKNOWN", "%v", err)
+		return
+	}
+	r.Body, r.ContentLength, r.TransferEncoding = io.NopCloser(bytes.NewReader(body)), int64(len(body)), nil
+	if len(body) == 0 {
+		r.Body = http.NoBody
 	}
 	target := &url.URL{Scheme: "http", Host: net.JoinHostPort("127.0.0.1", r.PathValue("port"))}
 	forward := httputil.ReverseProxy{
