@@ -50,6 +50,13 @@ class Sandbox:
         parts = {"metadata": ("metadata", about), "file": ("file", content)}
         return self.api.post(f"{self.execd}/files/upload", headers=TOKEN, files=parts)
 
+    def answers(self) -> bool:
+        """Whether execd is there: on a busy machine it comes some moments after its sandbox."""
+        try:
+            return self.api.get(f"{self.execd}/ping", headers=TOKEN).status_code == 200
+        except httpx2.TransportError:
+            return False
+
     def running(self) -> bool:
         """What the server says."""
         answer = self.api.get(f"/v1/sandboxes/{self.id}")
@@ -107,7 +114,7 @@ def sandbox(generation: str) -> Iterator[Sandbox]:
             endpoint = api.get(f"/v1/sandboxes/{name}/endpoints/{EXECD}").json()["endpoint"]
             made = Sandbox(api, name, f"http://{endpoint}")
             end = time.monotonic() + 10
-            while api.get(f"{made.execd}/ping", headers=TOKEN).status_code != 200:
+            while not made.answers():
                 assert time.monotonic() < end
                 time.sleep(0.02)
             yield made
