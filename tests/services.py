@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-PREFIXES = {"opensandbox": "CLOCHE_TEST_OPENSANDBOX", "opensandbox-old": "CLOCHE_TEST_OPENSANDBOX_OLD"}
+from tests.engines.opensandbox import images
+
+PREFIXES = {"opensandbox": images.PREFIXES["current"], "opensandbox-old": images.PREFIXES["old"]}
 """The services by the name of their mode, and how the variables begin by which a test finds each."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 

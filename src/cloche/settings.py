@@ -30,6 +30,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from cloche._kit.places import parse
 from cloche.errors import InvalidSettings
 from cloche.isolation import Isolation
 from cloche.spec import MAX_TIMEOUT_S, MIN_MEMORY_BYTES, ByteSize, Limits, Spec
@@ -146,27 +147,17 @@ def _check_hosts(entries: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check_address(text: str) -> str:
-    found = _ADDRESS.fullmatch(text)
-    if (
-        found is None
-        or not text.isprintable()
-        or not found["host"].strip(".")
-        or not 0 < int(found["port"] or 1) < 65536
-    ):
+    place = parse(text, "https")
+    if not text.isprintable() or not _PATH.fullmatch(place.path) or (place.user and "://" not in text):
         raise ValueError("no address")
-    if found["host"].startswith("["):
-        ipaddress.IPv6Address(found["host"].strip("[]"))
-    elif found["host"].rstrip(".").rpartition(".")[2].isdecimal():
-        ipaddress.IPv4Address(found["host"])  # what ends in a number is no name to anybody
-    if {".", ".."} & {*(found["path"] or "").split("/")}:
-        raise ValueError("a path that leads out of itself")
+    if place.authority.startswith("["):
+        ipaddress.IPv6Address(place.host)
+    elif place.host.rpartition(".")[2].isdecimal():
+        ipaddress.IPv4Address(place.authority.partition(":")[0])  # what ends in a number is no name to anybody
     return text
 
 
-_ADDRESS = re.compile(
-    r"(https?://([^\s/?#@\\]+@)?)?(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?"
-    r"(?P<path>/[A-Za-z0-9._~/-]*)?"
-)
+_PATH = re.compile(r"[A-Za-z0-9._~/-]*")
 _HOST = re.compile(r"\*|(\*\.)?[A-Za-z0-9_]([A-Za-z0-9._-]{0,252})")
 _LABEL_WORD = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import ipaddress
 import json
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import psutil
 import pytest
 from anyio import to_thread
 from tests import daemons
+from tests.crowds import kill_in_the_middle, leave_nothing, open_and_close, sweep_beside_a_run
 from tests.engines.docker.api import Engine
 
 import cloche
@@ -27,8 +24,6 @@ from cloche.supervisor.binary import supervisor_path
 from cloche.testing.conformance import Target, assert_exited, python, shell
 
 pytestmark = pytest.mark.anyio
-
-FLAT_BYTES = 8 * 2**20
 
 
 async def running(sandbox: cloche.Sandbox, engine: Engine, then: Callable[[str], object]) -> cloche.Result:
@@ -213,66 +208,27 @@ async def test_network(docker: Target, listener: tuple[str, str], network: str, 
     assert result.stdout == said
 
 
-CROWD = """
-import anyio, cloche, sys
-async def main():
-    async with cloche.Sandbox.from_env() as sandbox:
-        spec = cloche.Spec(name="a.sh", content="echo up; sleep 60", timeout=90)
-        up = 0
-        async def one():
-            nonlocal up
-            async for event in sandbox.stream(spec):
-                if isinstance(event, cloche.Output):
-                    up += 1
-                    if up == 20:
-                        print("all are up", flush=True)
-        async with anyio.create_task_group() as group:
-            for _ in range(20):
-                group.start_soon(one)
-anyio.run(main)
-"""
-
-
 def test_killed_in_the_middle_of_20_runs(docker: Target, engine: Engine) -> None:
     """A client killed by SIGKILL in the middle of 20 runs: their scripts end at once, and the next one's sweep leaves none."""
     host = docker.environ["CLOCHE_DOCKER_HOST"]
     with docker.nothing_left(within_s=20):
-        environ = docker.command_environment(CLOCHE_MAX_CONCURRENT="20")
-        with subprocess.Popen([sys.executable, "-c", CROWD], env=environ, stdout=subprocess.PIPE) as client:
-            assert client.stdout is not None
-            assert client.stdout.readline() == b"all are up\n"
+
+        def all_are_there() -> None:
             assert daemons.count_boxes(host) >= 20
-            client.send_signal(signal.SIGKILL)
+
+        kill_in_the_middle(docker, 20, all_are_there)
         end = time.monotonic() + 15
         while daemons.count_boxes(host) and time.monotonic() < end:
             time.sleep(0.1)
         assert daemons.count_boxes(host) == 0, "scripts run on after their client"
         assert len(list(daemons.remains(host))) >= 20, "nothing was left to sweep: the test shows nothing"
-        anyio.run(_open_and_close, docker)
+        anyio.run(open_and_close, docker)
         assert list(daemons.remains(host)) == []
-
-
-async def _open_and_close(target: Target) -> None:
-    async with target.sandbox():
-        pass
 
 
 async def test_sweep_spares_the_living(docker: Target) -> None:
     """While one client's run goes on, another one's sweep removes nothing of it."""
-    environ = docker.command_environment()
-    word = "import anyio, cloche\nasync def main():\n    async with cloche.Sandbox.from_env(): pass\nanyio.run(main)"
-    async with docker.sandbox() as sandbox:
-        results: list[cloche.Result] = []
-
-        async def one() -> None:
-            results.append(await sandbox.run(shell("sleep 3; echo done", timeout=20)))
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(one)
-            await anyio.sleep(1)
-            for _ in range(3):
-                await anyio.run_process([sys.executable, "-c", word], env=environ)
-    assert results[0].stdout == "done\n"
+    assert await sweep_beside_a_run(docker, lasts_s=3, after_s=1) == "done\n"
 
 
 async def test_sweep_by_expiry(docker: Target, engine: Engine) -> None:
@@ -287,7 +243,7 @@ async def test_sweep_by_expiry(docker: Target, engine: Engine) -> None:
         engine.ask("POST", f"/containers/{made[name]}/start")
         engine.ask("POST", "/volumes/create", body={"Name": f"cloche-test-{name}", "Labels": labels})
     try:
-        await _open_and_close(docker)
+        await open_and_close(docker)
         ids = {found["Id"] for found in engine.get("/containers/json", all=1)}
         volumes = {found["Name"] for found in engine.get("/volumes")["Volumes"]}
         assert (made["old"] in ids, made["new"] in ids) == (False, True)
@@ -393,26 +349,8 @@ async def test_writable_folders(anywhere: Target) -> None:
 
 async def test_100_runs(anywhere: Target) -> None:
     """100 runs, 8 at a time, leave nothing on the daemon and nothing in the client: memory and descriptors stay flat."""
-    me = psutil.Process()
     with anywhere.nothing_left():
-        async with anywhere.sandbox(CLOCHE_MAX_CONCURRENT="8") as sandbox:
-
-            async def many(count: int) -> None:
-                async with anyio.create_task_group() as group:
-                    for i in range(count):
-                        group.start_soon(one, i)
-
-            async def one(i: int) -> None:
-                assert_exited(await sandbox.run(shell(f"exit {i % 5}"), wait_cleanup=True), i % 5)
-
-            await many(16)
-            gc.collect()
-            before, fds = me.memory_info().rss, me.num_fds()
-            await many(100)
-            gc.collect()
-            assert me.memory_info().rss - before < FLAT_BYTES
-            assert me.num_fds() - fds <= 8  # connections that are kept
-            assert sandbox.counters.removals_failed == 0
+        await leave_nothing(anywhere, runs=100, warm_up=16, at_once=8, kept_fds=8)
 
 
 async def test_posture(docker: Target) -> None:

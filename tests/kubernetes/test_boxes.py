@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import gc
 import hashlib
 import json
 import os
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import psutil
 import pytest
 from anyio import to_thread
 from tests import clusters
+from tests.crowds import kill_in_the_middle, leave_nothing, open_and_close, sweep_beside_a_run
 from tests.engines.kubernetes.cluster import Cluster
 from tests.engines.kubernetes.configuration import ADDRESS
 from tests.kubernetes import deployment
@@ -36,81 +33,35 @@ from cloche.testing.conformance import Target, assert_exited, python, shell
 pytestmark = pytest.mark.anyio
 
 IMAGES_PYTHON = (3, 11)
-FLAT_BYTES = 8 * 2**20
-CROWD = """
-import anyio, cloche
-async def main():
-    async with cloche.Sandbox.from_env() as sandbox:
-        spec = cloche.Spec(name="a.sh", content="echo up; sleep 60", timeout=90)
-        up = 0
-        async def one():
-            nonlocal up
-            async for event in sandbox.stream(spec):
-                if isinstance(event, cloche.Output):
-                    up += 1
-                    if up == 20:
-                        print("all are up", flush=True)
-        async with anyio.create_task_group() as group:
-            for _ in range(20):
-                group.start_soon(one)
-anyio.run(main)
-"""
-SWEEPER = "import anyio, cloche\nasync def main():\n    async with cloche.Sandbox.from_env(): pass\nanyio.run(main)"
 
 
 def administrator() -> str:
     return os.environ[deployment.KUBECONFIG]
 
 
-async def _open_and_close(target: Target) -> None:
-    async with target.sandbox():
-        pass
-
-
 def test_killed_in_the_middle_of_20_runs(kubernetes: Target) -> None:
     """A client killed by SIGKILL in the middle of 20 runs leaves them to the next one, whose sweep leaves nothing of them."""
     with kubernetes.nothing_left(within_s=20):
-        environ = kubernetes.command_environment(CLOCHE_MAX_CONCURRENT="20")
-        with subprocess.Popen([sys.executable, "-c", CROWD], env=environ, stdout=subprocess.PIPE) as client:
-            assert client.stdout is not None
-            assert client.stdout.readline() == b"all are up\n"
-            client.send_signal(signal.SIGKILL)
+        kill_in_the_middle(kubernetes, 20)
         assert len(list(clusters.remains(administrator()))) >= 60, "nothing was left to sweep: the test shows nothing"
-        anyio.run(_open_and_close, kubernetes)
+        anyio.run(open_and_close, kubernetes)
         assert clusters.count_boxes(administrator()) == 0
 
 
 def test_what_belongs_to_a_job_goes_with_it(kubernetes: Target, admin: Api) -> None:
     """Without any sweep, when a dead client's Job goes, as its deadline has it go, the cluster removes all that belongs to it."""
-    source = CROWD.replace("20", "1")
     with kubernetes.nothing_left(within_s=20):
-        with subprocess.Popen(
-            [sys.executable, "-c", source], env=kubernetes.command_environment(), stdout=subprocess.PIPE
-        ) as client:
-            assert client.stdout is not None
-            assert client.stdout.readline() == b"all are up\n"
-            client.send_signal(signal.SIGKILL)
+        kill_in_the_middle(kubernetes, 1)
         left = [thing.split()[0] for thing in clusters.remains(administrator())]
         assert sorted(left) == ["configmap", "job", "pod"]
         (job,) = admin.ask("GET", f"{jobs()}?labelSelector={names.LABEL_RUN.replace('/', '%2F')}").body["items"]
         admin.ask("DELETE", f"{jobs()}/{job['metadata']['name']}?propagationPolicy=Background")
-    anyio.run(_open_and_close, kubernetes)  # for the dead owner's lock
+    anyio.run(open_and_close, kubernetes)  # for the dead owner's lock
 
 
 async def test_sweep_spares_the_living(kubernetes: Target) -> None:
     """While one client's run goes on, another one's sweep removes nothing of it."""
-    async with kubernetes.sandbox() as sandbox:
-        results: list[cloche.Result] = []
-
-        async def one() -> None:
-            results.append(await sandbox.run(shell("sleep 4; echo done", timeout=20)))
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(one)
-            await anyio.sleep(1.5)
-            for _ in range(3):
-                await anyio.run_process([sys.executable, "-c", SWEEPER], env=kubernetes.command_environment())
-    assert results[0].stdout == "done\n"
+    assert await sweep_beside_a_run(kubernetes, lasts_s=4, after_s=1.5) == "done\n"
 
 
 async def test_sweep_by_expiry(kubernetes: Target, admin: Api) -> None:
@@ -203,26 +154,8 @@ async def test_many_make_the_supervisors_map_at_once(kubernetes: Target, admin: 
 
 async def test_100_runs(kubernetes: Target) -> None:
     """100 runs, 10 at a time, leave nothing in the cluster and nothing in the client: memory and descriptors stay flat."""
-    me = psutil.Process()
     with kubernetes.nothing_left(within_s=15):
-        async with kubernetes.sandbox(CLOCHE_MAX_CONCURRENT="10") as sandbox:
-
-            async def many(count: int) -> None:
-                async with anyio.create_task_group() as group:
-                    for i in range(count):
-                        group.start_soon(one, i)
-
-            async def one(i: int) -> None:
-                assert_exited(await sandbox.run(shell(f"exit {i % 5}"), wait_cleanup=True), i % 5)
-
-            await many(20)
-            gc.collect()
-            before, fds = me.memory_info().rss, me.num_fds()
-            await many(100)
-            gc.collect()
-            assert me.memory_info().rss - before < FLAT_BYTES
-            assert me.num_fds() - fds <= 20  # connections that are kept
-            assert sandbox.counters.removals_failed == 0
+        await leave_nothing(kubernetes, runs=100, warm_up=20, at_once=10, kept_fds=20)
 
 
 async def test_a_large_workspace(kubernetes: Target, tmp_path: Path) -> None:

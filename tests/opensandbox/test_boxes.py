@@ -4,10 +4,6 @@ script beside the supervisor.
 
 from __future__ import annotations
 
-import gc
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,10 +12,10 @@ from typing import Any
 
 import anyio
 import httpx2
-import psutil
 import pytest
 from anyio import to_thread
 from tests import modes
+from tests.crowds import kill_in_the_middle, leave_nothing, open_and_close, sweep_beside_a_run
 from tests.engines.docker.api import Engine
 from tests.engines.opensandbox.service import Service as Server
 from tests.escape.attack import attack
@@ -30,27 +26,6 @@ from cloche.isolation import State
 from cloche.testing.conformance import Target, assert_exited, python, shell
 
 pytestmark = pytest.mark.anyio
-
-FLAT_BYTES = 8 * 2**20
-CROWD = """
-import anyio, cloche
-async def main():
-    async with cloche.Sandbox.from_env() as sandbox:
-        spec = cloche.Spec(name="a.sh", content="echo up; sleep 60", timeout=90)
-        up = 0
-        async def one():
-            nonlocal up
-            async for event in sandbox.stream(spec):
-                if isinstance(event, cloche.Output):
-                    up += 1
-                    if up == 5:
-                        print("all are up", flush=True)
-        async with anyio.create_task_group() as group:
-            for _ in range(5):
-                group.start_soon(one)
-anyio.run(main)
-"""
-SWEEPER = "import anyio, cloche\nasync def main():\n    async with cloche.Sandbox.from_env(): pass\nanyio.run(main)"
 
 
 @pytest.fixture(params=["opensandbox", "opensandbox-old"])
@@ -306,62 +281,23 @@ async def test_execd_with_an_open_network(generation: Target) -> None:
 
 async def test_50_runs(opensandbox: Target, service: Service) -> None:
     """50 runs, 5 at a time, leave no sandbox, and nothing in the client: memory and descriptors stay flat."""
-    me = psutil.Process()
     with opensandbox.nothing_left(within_s=15):
-        async with opensandbox.sandbox(CLOCHE_MAX_CONCURRENT="5") as sandbox:
-
-            async def many(count: int) -> None:
-                async with anyio.create_task_group() as group:
-                    for i in range(count):
-                        group.start_soon(one, i)
-
-            async def one(i: int) -> None:
-                assert_exited(await sandbox.run(shell(f"exit {i % 5}"), wait_cleanup=True), i % 5)
-
-            await many(10)
-            gc.collect()
-            before, fds = me.memory_info().rss, me.num_fds()
-            await many(50)
-            gc.collect()
-            assert me.memory_info().rss - before < FLAT_BYTES
-            assert me.num_fds() - fds <= 20  # connections that are kept
-            assert sandbox.counters.removals_failed == 0
+        await leave_nothing(opensandbox, runs=50, warm_up=10, at_once=5, kept_fds=20)
     assert service.boxes() == []
-
-
-async def _open_and_close(target: Target) -> None:
-    async with target.sandbox():
-        pass
 
 
 def test_killed_in_the_middle_of_5_runs(opensandbox: Target, service: Service) -> None:
     """A client killed by SIGKILL in the middle of 5 runs leaves them to the next one, whose sweep leaves nothing of them."""
     with opensandbox.nothing_left(within_s=20):
-        with subprocess.Popen(
-            [sys.executable, "-c", CROWD], env=opensandbox.command_environment(), stdout=subprocess.PIPE
-        ) as client:
-            assert client.stdout is not None
-            assert client.stdout.readline() == b"all are up\n"
-            client.send_signal(signal.SIGKILL)
+        kill_in_the_middle(opensandbox, 5)
         assert len(service.boxes()) == 5, "nothing was left to sweep: the test shows nothing"
-        anyio.run(_open_and_close, opensandbox)
+        anyio.run(open_and_close, opensandbox)
         assert service.boxes() == []
 
 
 async def test_sweep_spares_the_living(opensandbox: Target) -> None:
     """While one client's run goes on, another one's sweep removes nothing of it."""
-    async with opensandbox.sandbox() as sandbox:
-        results: list[cloche.Result] = []
-
-        async def one() -> None:
-            results.append(await sandbox.run(shell("sleep 3; echo done", timeout=20)))
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(one)
-            await anyio.sleep(1.0)
-            for _ in range(3):
-                await anyio.run_process([sys.executable, "-c", SWEEPER], env=opensandbox.command_environment())
-    assert results[0].stdout == "done\n"
+    assert await sweep_beside_a_run(opensandbox, lasts_s=3, after_s=1.0) == "done\n"
 
 
 async def test_a_lifetime_of_its_own(opensandbox: Target, service: Service) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import httpx2
 import pytest
 from tests.engines.docker.api import Engine
+from tests.engines.opensandbox.images import PREFIXES, Generation
 
 from cloche.testing.conformance import absent
 
-PREFIXES = {"current": "CLOCHE_TEST_OPENSANDBOX", "old": "CLOCHE_TEST_OPENSANDBOX_OLD"}
 EXECD = 44772
 TOKEN = {"X-EXECD-ACCESS-TOKEN": "secret"}
 SCRIPT = rb"""#!/bin/sh
@@ -84,9 +84,9 @@ class Events:
 
 
 @pytest.fixture(params=PREFIXES)
-def generation(request: pytest.FixtureRequest) -> str:
+def generation(request: pytest.FixtureRequest) -> Generation:
     """Of execd."""
-    name: str = request.param
+    name: Generation = request.param
     if not os.environ.get(f"{PREFIXES[name]}_API_URL"):
         absent(
             "opensandbox",
@@ -96,7 +96,7 @@ def generation(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def sandbox(generation: str) -> Iterator[Sandbox]:
+def sandbox(generation: Generation) -> Iterator[Sandbox]:
     """A sandbox of the tests' image, whose execd has a token."""
     url, key = (os.environ[f"{PREFIXES[generation]}_API_{what}"] for what in ("URL", "KEY"))
     with httpx2.Client(base_url=url, headers={"OPEN-SANDBOX-API-KEY": key}, timeout=60, trust_env=False) as api:
@@ -122,7 +122,7 @@ def sandbox(generation: str) -> Iterator[Sandbox]:
             assert api.delete(f"/v1/sandboxes/{name}").status_code in {204, 404}
 
 
-def test_a_script(sandbox: Sandbox, generation: str) -> None:
+def test_a_script(sandbox: Sandbox, generation: Generation) -> None:
     """An uploaded script runs as root; its lines come as that generation of execd sends them, and its exit code."""
     assert sandbox.upload("/tmp/new/script", SCRIPT, 755).status_code == 200
     begin = time.monotonic()
@@ -152,7 +152,7 @@ def test_ends(sandbox: Sandbox, request_: dict[str, Any], last: str) -> None:
     assert last in {said.last["type"], said.last.get("error", {}).get("evalue")}
 
 
-def test_argv(sandbox: Sandbox, generation: str) -> None:
+def test_argv(sandbox: Sandbox, generation: Generation) -> None:
     """The current generation starts programs without a shell, or a command with one; the older one knows the latter alone."""
     answer = sandbox.api.post(f"{sandbox.execd}/command", headers=TOKEN, json={"argv": ["echo", "$HOME"]})
     if generation == "old":
@@ -178,7 +178,7 @@ def test_interrupt(sandbox: Sandbox) -> None:
     assert (answer.status_code, answer.json()["code"]) == (500, "RUNTIME_ERROR")
 
 
-def test_token(sandbox: Sandbox, generation: str) -> None:
+def test_token(sandbox: Sandbox, generation: Generation) -> None:
     """Whoever does not know the sandbox's token is refused; only the current generation lets everybody ping."""
     direct = sandbox.execd.removesuffix(f"/proxy/{EXECD}")
     bare = httpx2.get(f"{direct}/ping", trust_env=False)
@@ -202,7 +202,7 @@ def test_files(sandbox: Sandbox) -> None:
     assert (plain.status_code, plain.json()["code"]) == (400, "INVALID_FILE_CONTENT")
 
 
-def test_a_sandbox_that_is_killed(sandbox: Sandbox, generation: str) -> None:
+def test_a_sandbox_that_is_killed(sandbox: Sandbox, generation: Generation) -> None:
     """One that somebody kills is no longer running for the server, and its stream ends without a terminal event."""
     if not (host := os.environ.get(f"{PREFIXES[generation]}_DOCKER_HOST")):
         pytest.skip("it is not known on which daemon the sandboxes are")

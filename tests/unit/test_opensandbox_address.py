@@ -11,8 +11,10 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from cloche._kit import places
+from cloche._kit.places import MAX_TEXT
 from cloche.backends.opensandbox import address
-from cloche.backends.opensandbox.address import EXECD_PORT, MAX_HEADER_BYTES, MAX_HEADERS, MAX_TEXT
+from cloche.backends.opensandbox.address import EXECD_PORT, MAX_HEADER_BYTES, MAX_HEADERS
 
 SUFFIX = f"/proxy/{EXECD_PORT}"
 
@@ -52,7 +54,7 @@ def test_service(text: str, base: str, host: str) -> None:
     """An address without a scheme means https, the version at its end belongs to each request, and the host is told plainly."""
     place = address.api(text)
     assert (place.base, place.host) == (base, host)
-    assert address.parse(place.base, "ftp") == replace(place, user="")
+    assert places.parse(place.base, "ftp") == replace(place, user="")
 
 
 @given(st.text("abz09:%.-_~!$&'()*+,;=é", min_size=1))
@@ -230,7 +232,7 @@ def test_answer_without_an_endpoint(answer: object) -> None:
 @given(
     st.one_of(
         st.text(st.sampled_from("ab.1:/@#?\\[]%\u0664\u00e9\u3002 \t\r\n-_"), max_size=24),
-        st.from_regex(address._ADDRESS, fullmatch=True),
+        st.from_regex(places._ADDRESS, fullmatch=True),
     )
 )
 @example("[::1]:1")
@@ -239,7 +241,7 @@ def test_read_as_it_is_dialled(text: str) -> None:
     """The host that an address is checked by is the one that a request made from it goes to, whatever the text."""
     place = None
     with contextlib.suppress(ValueError):
-        place = address.parse(text, "http")
+        place = places.parse(text, "http")
     assume(place is not None)
     assert place is not None
     try:

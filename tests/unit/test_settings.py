@@ -280,6 +280,8 @@ def test_address_of_opensandbox(text: str) -> None:
         "x:0",
         "x:65536",
         "x:99999",
+        "http://999.1.1.1",
+        "10.1.2.3.",
         "x:123456",
         "x:y",
         "x:\u0664",

@@ -106,9 +106,9 @@ class Answer:
 
     @property
     def server_time(self) -> float | None:
-        """Unix time in seconds by the server's clock, to half a second; None: it does not say."""
+        """Unix time by the server's clock, in whole seconds; None: it does not say."""
         try:
-            return email.utils.parsedate_to_datetime(self.headers.get("date", "")).timestamp() + 0.5
+            return email.utils.parsedate_to_datetime(self.headers.get("date", "")).timestamp()
         except (TypeError, ValueError, OverflowError):
             return None
 

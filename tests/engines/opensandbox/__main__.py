@@ -9,11 +9,8 @@ from typing import get_args
 
 from tests.engines.docker import binaries, host, place
 from tests.engines.opensandbox import images, service
-from tests.engines.opensandbox.images import Generation
+from tests.engines.opensandbox.images import PREFIXES, Generation
 from tests.engines.opensandbox.service import Service
-
-PREFIXES: dict[Generation, str] = {"current": "CLOCHE_TEST_OPENSANDBOX", "old": "CLOCHE_TEST_OPENSANDBOX_OLD"}
-"""The generations, and how the variables begin by which a test finds each."""
 
 
 def main() -> int:

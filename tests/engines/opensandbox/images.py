@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,8 @@ from tests.engines.docker.images import ENVIRONMENT, Image
 
 Generation = Literal["current", "old"]
 """Of execd: as from 1.1.1 on, or up to 1.1.0."""
+PREFIXES: Mapping[Generation, str] = {"current": "CLOCHE_TEST_OPENSANDBOX", "old": "CLOCHE_TEST_OPENSANDBOX_OLD"}
+"""How the variables begin by which a test finds the service of each."""
 HERE = Path(__file__).parent
 
 

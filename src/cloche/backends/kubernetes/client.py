@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -37,6 +36,7 @@ from cloche._kit.http import (
     TooLarge,
     segment,
 )
+from cloche._kit.retries import repeat
 from cloche.backends.kubernetes import facts, names
 from cloche.backends.kubernetes.credentials import ClientCertificate, Identity
 from cloche.backends.kubernetes.facts import Pod, Rule, Status, Thing
@@ -363,26 +363,24 @@ class KubernetesClient:
         """
         encoded = body if body is None or isinstance(body, bytes) else _encoded(body)
         given = {**(headers or {}), **({} if encoded is None else {"Content-Type": "application/json"})}
+        busy = False
+
+        async def ask() -> Answer:
+            nonlocal busy
+            answer = await self._once(method, path, query, encoded, given)
+            busy = answer.status in BUSY
+            if not answer.ok:
+                raise _refusal(answer.status, answer.body, answer.headers.get("retry-after", ""))
+            return answer
+
+        def least_pause(exc: Exception) -> float | None:
+            _log.debug("%s %s: %s", method, path, exc)
+            if isinstance(exc, Refused) and (busy or exc.status.reason == CONFLICT):
+                return min(exc.status.retry_after_s or 0.0, MAX_RETRY_AFTER_S)
+            return 0.0 if isinstance(exc, HttpFailure) and not isinstance(exc, TooLarge | TlsFailure) else None
+
         # A server that never answered is not waited for: it may not be there at all.
-        pauses = PAUSES_S if self._offset_s is not None else PAUSES_S[:1]
-        for pause in (*pauses, None):
-            try:
-                answer = await self._once(method, path, query, encoded, given)
-            except HttpFailure as exc:
-                if pause is None or isinstance(exc, TooLarge | TlsFailure):
-                    raise
-                _log.debug("%s %s: %s; it is asked again", method, path, exc)
-                wait_s = pause
-            else:
-                if answer.ok:
-                    return answer
-                refused = _refusal(answer.status, answer.body, answer.headers.get("retry-after", ""))
-                if pause is None or not (answer.status in BUSY or refused.status.reason == CONFLICT):
-                    raise refused
-                _log.debug("%s %s: %s; it is asked again", method, path, refused)
-                wait_s = max(pause, min(refused.status.retry_after_s or 0.0, MAX_RETRY_AFTER_S))
-            await anyio.sleep(wait_s * random.uniform(1.0, 1.25))  # noqa: S311 - so that not all come at once
-        raise AssertionError
+        return await repeat(ask, PAUSES_S if self._offset_s is not None else PAUSES_S[:1], least_pause)
 
     async def _once(
         self, method: str, path: str, query: Query | None, body: bytes | None, headers: Mapping[str, str]
@@ -449,7 +447,7 @@ class KubernetesClient:
 
     def _note_time(self, answer: Answer) -> None:
         told = answer.server_time
-        self._offset_s = (self._offset_s or 0.0) if told is None else told - time.time()
+        self._offset_s = (self._offset_s or 0.0) if told is None else told + 0.5 - time.time()  # it tells whole seconds
 
 
 def _same_data(found: object, wanted: Mapping[str, Any]) -> bool:

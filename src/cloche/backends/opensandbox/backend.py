@@ -16,11 +16,11 @@ import anyio
 from anyio import to_thread
 
 from cloche._kit.http import ConnectFailure, HttpFailure, trusted_by_system
+from cloche._kit.places import Place
 from cloche._kit.steps import step
 from cloche.backends.claims import Keeper
 from cloche.backends.contract import Box, Capabilities, Leftover, Profile
 from cloche.backends.opensandbox import address, diagnose, leftovers, manifest, probe
-from cloche.backends.opensandbox.address import Place
 from cloche.backends.opensandbox.allowed import Allowed
 from cloche.backends.opensandbox.box import OpenSandboxBox, Service
 from cloche.backends.opensandbox.client import OpenSandboxClient, Refused

@@ -15,10 +15,11 @@ import anyio
 from anyio import to_thread
 
 from cloche._kit.http import ConnectFailure, ConnectionLost, HttpFailure, NotAllowed, Stream, TimedOut, TlsFailure
+from cloche._kit.places import Place
 from cloche._kit.steps import step
 from cloche.backends.contract import Fate, FateKind
 from cloche.backends.opensandbox import diagnose, facts, manifest
-from cloche.backends.opensandbox.address import Endpoint, Place
+from cloche.backends.opensandbox.address import Endpoint
 from cloche.backends.opensandbox.client import OpenSandboxClient, Refused
 from cloche.backends.opensandbox.events import Begun, Decoder, Ended, Event, EventError, Printed
 from cloche.backends.opensandbox.execd import Execd
@@ -160,29 +161,34 @@ class OpenSandboxBox:
         """
         refusals: list[Refused] = []
         for place in endpoint.places:
-            execd = await self._reach(place, endpoint.headers)
             try:
-                await execd.ping()
+                return await self._answering(place, endpoint.headers)
             except NotAllowed as exc:
-                await execd.aclose()
                 raise diagnose.not_allowed(exc) from exc
             except TlsFailure as exc:
-                await execd.aclose()
                 raise diagnose.not_spoken_to(exc, self._name, place) from exc
             except (HttpFailure, Refused) as exc:
-                await execd.aclose()
                 self._trouble = f"{place.base} does not answer: {exc}"
                 if isinstance(exc, Refused) and exc.status in {401, 403}:
                     refusals.append(exc)
-            except BaseException:
-                with anyio.CancelScope(shield=True):
-                    await execd.aclose()
-                raise
-            else:
-                return execd
         if len(refusals) == len(endpoint.places):
             raise self._refused(refusals[-1])
         return None
+
+    async def _answering(self, place: Place, headers: Mapping[str, str]) -> Execd:
+        """execd at a place, once it has answered.
+
+        Raises:
+            Refused, HttpFailure: it does not; nothing is left open.
+        """
+        execd = await self._reach(place, headers)
+        try:
+            await execd.ping()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await execd.aclose()
+            raise
+        return execd
 
     def _refused(self, exc: Refused) -> ClocheError:
         """Whoever answers for the sandbox does not take what we show. Only the service's own errors have a code then."""
@@ -395,7 +401,7 @@ class OpenSandboxBox:
         except (ConnectFailure, ConnectionLost):  # who forwards a port may take connections that nobody answers
             return True
         except (Refused, HttpFailure):
-            return False
+            pass  # it is there
         return False
 
     async def _out_of_memory(self) -> bool:

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import base64
 import logging
-import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 from urllib.parse import unquote, urlencode
-
-import anyio
 
 from cloche._kit.fields import field
 from cloche._kit.http import (
@@ -35,8 +32,10 @@ from cloche._kit.http import (
     TooLarge,
     segment,
 )
+from cloche._kit.places import Place
+from cloche._kit.retries import repeat
 from cloche.backends.opensandbox import address, facts
-from cloche.backends.opensandbox.address import EXECD_PORT, Endpoint, Place
+from cloche.backends.opensandbox.address import EXECD_PORT, Endpoint
 from cloche.backends.opensandbox.facts import Refusal, Sandbox
 
 QUICK_S = 20.0
@@ -124,23 +123,17 @@ class OpenSandboxClient:
             Refused: nothing was made.
             HttpFailure: something may have been made.
         """
-        answer = await self._post(body, within_s)
+
+        async def post() -> Answer:
+            return await self._once("POST", "/v1/sandboxes", body=body, timeout_s=within_s)
+
+        answer = await repeat(post, PAUSES_S, _pause_when_nothing_was_sent)
         if not answer.ok:
             raise Refused.of(answer)
         found = facts.parse_sandbox(_json(answer))
         if found is None:
             raise ConnectionLost("the service's answer names no sandbox")
         return found
-
-    async def _post(self, body: Mapping[str, Any], within_s: float) -> Answer:
-        for pause in (*PAUSES_S, None):
-            try:
-                return await self._once("POST", "/v1/sandboxes", body=body, timeout_s=within_s)
-            except ConnectFailure as exc:
-                if pause is None or isinstance(exc, TlsFailure):
-                    raise
-                await anyio.sleep(pause)
-        raise AssertionError
 
     async def sandbox(self, name: str) -> Sandbox | None:
         """A sandbox; None: it is not there.
@@ -212,24 +205,20 @@ class OpenSandboxClient:
         self, method: str, path: str, *, query: Query | None = None, max_bytes: int = MAX_ANSWER_BYTES
     ) -> Answer:
         """One request, as often as it takes; the answer is a success."""
-        for pause in (*PAUSES_S, None):
-            try:
-                answer = await self._once(method, path, query=query, max_bytes=max_bytes)
-            except HttpFailure as exc:
-                if pause is None or isinstance(exc, TooLarge | TlsFailure):
-                    raise
-                _log.debug("%s %s: %s; it is asked again", method, path, exc)
-                wait_s = pause
-            else:
-                if answer.ok:
-                    return answer
-                refused = Refused.of(answer)
-                if pause is None or answer.status not in BUSY:
-                    raise refused
-                _log.debug("%s %s: %s; it is asked again", method, path, refused)
-                wait_s = max(pause, min(refused.refusal.retry_after_s or 0.0, MAX_RETRY_AFTER_S))
-            await anyio.sleep(wait_s * random.uniform(1.0, 1.25))  # noqa: S311 - so that not all come at once
-        raise AssertionError
+
+        async def ask() -> Answer:
+            answer = await self._once(method, path, query=query, max_bytes=max_bytes)
+            if not answer.ok:
+                raise Refused.of(answer)
+            return answer
+
+        def least_pause(exc: Exception) -> float | None:
+            _log.debug("%s %s: %s", method, path, exc)
+            if isinstance(exc, Refused) and exc.status in BUSY:
+                return min(exc.refusal.retry_after_s or 0.0, MAX_RETRY_AFTER_S)
+            return 0.0 if isinstance(exc, HttpFailure) and not isinstance(exc, TooLarge | TlsFailure) else None
+
+        return await repeat(ask, PAUSES_S, least_pause)
 
     async def _once(
         self,
@@ -251,8 +240,12 @@ class OpenSandboxClient:
             max_bytes=max_bytes,
         )
         if (told := answer.server_time) is not None:
-            self._offset_s = told - time.time()
+            self._offset_s = told + 0.5 - time.time()  # it tells whole seconds
         return answer
+
+
+def _pause_when_nothing_was_sent(exc: Exception) -> float | None:
+    return 0.0 if isinstance(exc, ConnectFailure) and not isinstance(exc, TlsFailure) else None
 
 
 def _credentials(place: Place, key: str | None) -> Mapping[str, str]:

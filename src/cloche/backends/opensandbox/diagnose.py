@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cloche._kit.http import ConnectFailure, HttpFailure, NotAllowed, TimedOut, TlsFailure, TooLarge
-from cloche.backends.opensandbox.address import Place
+from cloche._kit.places import Place
 from cloche.backends.opensandbox.client import BUSY, Refused
 from cloche.errors import (
     BackendUnavailable,

@@ -12,8 +12,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from cloche._kit.http import Answer, ConnectionLost, HttpClient, Part, Server, Stream
+from cloche._kit.places import Place
 from cloche.backends.opensandbox import facts
-from cloche.backends.opensandbox.address import Place
 from cloche.backends.opensandbox.allowed import IPAddress
 from cloche.backends.opensandbox.client import Refused
 from cloche.backends.opensandbox.events import Decoder, Ended, EventError, Printed
