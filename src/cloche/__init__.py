@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ScriptNotFound,
         ScriptTooLarge,
         StartTimeout,
+        TooManyRuns,
         Unschedulable,
         WorkspaceTooLarge,
     )
@@ -48,7 +49,7 @@ _HOME = {
     "errors": (
         "BackendUnavailable ClocheError EngineError EngineLost ImageUnavailable InterpreterMissing InvalidSettings "
         "InvalidSpec IsolationUnavailable PermissionDenied ProtocolError QueueTimeout QuotaExceeded SandboxDisabled "
-        "ScriptNotFound ScriptTooLarge StartTimeout Unschedulable WorkspaceTooLarge"
+        "ScriptNotFound ScriptTooLarge StartTimeout TooManyRuns Unschedulable WorkspaceTooLarge"
     ),
     "events": "Artifact Event Finished Outcome Output Started Usage",
     "isolation": "Guarantee Isolation Posture State",
@@ -98,6 +99,7 @@ __all__ = [
     "Started",
     "State",
     "Timings",
+    "TooManyRuns",
     "Unschedulable",
     "Usage",
     "WorkspaceTooLarge",

@@ -10,6 +10,7 @@
     ├── InterpreterMissing          interpreter-missing
     ├── IsolationUnavailable        isolation-unavailable
     ├── QueueTimeout                queue-timeout
+    ├── TooManyRuns                 too-many-runs
     └── EngineError                 (what an engine did to us)
         ├── BackendUnavailable      backend-unavailable
         ├── ImageUnavailable        image-unavailable
@@ -115,6 +116,14 @@ class QueueTimeout(ClocheError):
 
     code = "queue-timeout"
     default_hint = "Try again later, or raise CLOCHE_MAX_CONCURRENT or CLOCHE_QUEUE_TIMEOUT."
+    default_retryable = True
+
+
+class TooManyRuns(ClocheError):
+    """A service has as many runs waiting as it takes, or a caller as many as it may have."""
+
+    code = "too-many-runs"
+    default_hint = "Wait for other runs to end and try again."
     default_retryable = True
 
 

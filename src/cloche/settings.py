@@ -157,6 +157,28 @@ def _check_address(text: str) -> str:
     return text
 
 
+def _check_listener(text: str) -> str:
+    split_address(text)
+    return text
+
+
+_LISTENER = re.compile(r"(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<v4>[0-9.]+)|(?P<name>localhost)):(?P<port>\d{1,5})")
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """The address and the port of ``127.0.0.1:8080``, ``[::1]:8080`` or ``localhost:8080``.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    match = _LISTENER.fullmatch(text)
+    if match is None or (port := int(match["port"])) > 65535:
+        raise ValueError(f"{text!r} is not an address and a port such as 127.0.0.1:8080")
+    if match["name"]:
+        return "127.0.0.1", port
+    return str(ipaddress.ip_address(match["v6"] or match["v4"])), port
+
+
 _PATH = re.compile(r"[A-Za-z0-9._~/-]*")
 _HOST = re.compile(r"\*|(\*\.)?[A-Za-z0-9_]([A-Za-z0-9._-]{0,252})")
 _LABEL_WORD = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
@@ -595,6 +617,78 @@ class Settings(BaseModel):
         why="a service that lies must not send cloche into a private network",
         alias=("SSRF_WHITELIST",),
     )
+    remote_url: Address | None = _setting(
+        None,
+        "Address of the cloche service that the mode `remote` has its scripts run by.",
+        allowed="an address such as https://cloche.example, http://127.0.0.1:8080 or cloche.example, which means https",
+        unset="the mode remote is unavailable",
+        why="there is no public service",
+        repr=False,  # an address may hold a password
+    )
+    remote_token: SecretStr | None = _setting(
+        None,
+        "Token for that service. Never printed.",
+        allowed="the token as text",
+        unset="requests carry no token",
+        why="a secret has no default",
+    )
+    serve_address: Annotated[str, AfterValidator(_check_listener)] = _setting(
+        "127.0.0.1:8080",
+        "Where `cloche serve` listens. Port 0 means any free one. Without tokens it listens on loopback only.",
+        allowed="an address and a port such as 127.0.0.1:8080, 0.0.0.0:8080 or [::1]:8080",
+        why="whoever reaches it can run programs",
+    )
+    serve_tokens: SecretStr | None = _setting(
+        None,
+        "The tokens that `cloche serve` takes, `name:token` or `name:token:limit`, with commas or new lines between; the limit is how "
+        "many runs this token may have at a time, queued ones included. Never printed.",
+        allowed="a list such as search:6f0c9e…:10; a token has 16 to 512 letters, digits and . _ ~ + / = -",
+        unset="what `CLOCHE_SERVE_TOKENS_FILE` holds; if that is unset too, nobody needs a token",
+        why="a secret has no default",
+    )
+    serve_tokens_file: str | None = _setting(
+        None,
+        "A file with more of them, one in a line; a line that begins with `#` is a remark. Read once, at the start.",
+        allowed="the path of a file",
+        unset="only `CLOCHE_SERVE_TOKENS`",
+        why="where orchestrators mount a secret",
+        min_length=1,
+        max_length=4096,
+    )
+    serve_max_queue: int = _setting(
+        256,
+        "Runs that may wait for a place in `cloche serve`; the next one is refused with 429.",
+        allowed="a whole number from 0 to 100000",
+        why="who is refused at once can go elsewhere; a run that waits holds what it brought",
+        ge=0,
+        le=100_000,
+    )
+    serve_drain: Seconds = _setting(
+        30.0,
+        "Seconds that `cloche serve` lets runs go on when it was asked to end; then it cancels them.",
+        allowed="seconds such as 0, 30 or 1.5, or a duration such as 2m",
+        why="with the time to cancel and remove, it fits into a minute",
+        ge=0,
+        le=_MAX_WAIT_S,
+        allow_inf_nan=False,
+    )
+    serve_keep_bytes: ByteSize = _setting(
+        64 * 2**20,
+        "Bytes of ended runs, results and artifacts, that `cloche serve` keeps for those who ask later. The oldest go first.",
+        allowed=_AMOUNT,
+        why="an answer to a client that lost its connection, in memory that a small server has",
+        ge=0,
+        le=_MAX_BYTES,
+    )
+    sweep_every: Seconds = _setting(
+        60.0,
+        "Seconds between two sweeps for what the dead left, half or one and a half times as long by chance; 0: only one, at the start.",
+        allowed="seconds such as 0, 60 or 1.5, or a duration such as 2m",
+        why="a box lives for minutes, and many processes must not ask an engine at the same moment",
+        ge=0,
+        le=_MAX_WAIT_S,
+        allow_inf_nan=False,
+    )
     log: Literal["debug", "info", "warning", "error", "critical"] = _setting(
         "warning",
         "Least level of what the command line logs to stderr. A program that uses the library configures `logging` itself.",
@@ -693,7 +787,7 @@ def _broken(exc: ValidationError, sources: Mapping[str, str]) -> InvalidSettings
 
 def _shown(field: str, value: Any) -> str:
     """A value in an error: never a secret (an address may hold one), never at length."""
-    if "opensandbox" in field:
+    if field.startswith(("opensandbox", "remote", "serve_tokens")):
         return "…"
     text = str(value)
     return repr(text if len(text) <= 80 else text[:80] + "…")

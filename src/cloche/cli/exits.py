@@ -22,6 +22,7 @@ from cloche.errors import (
     ScriptNotFound,
     ScriptTooLarge,
     StartTimeout,
+    TooManyRuns,
     Unschedulable,
     WorkspaceTooLarge,
 )
@@ -55,6 +56,7 @@ OF_ERROR: dict[type[ClocheError], int] = dict.fromkeys(
         ScriptNotFound,
         ScriptTooLarge,
         StartTimeout,
+        TooManyRuns,
         Unschedulable,
         WorkspaceTooLarge,
     ),

@@ -5,7 +5,8 @@ The runtime asks nobody which engine it holds; what differs is declared in the b
 
 from __future__ import annotations
 
+from cloche.runtime.admission import Load
 from cloche.runtime.runtime import Sandbox, new_run_id
 from cloche.runtime.sync import run
 
-__all__ = ["Sandbox", "new_run_id", "run"]
+__all__ = ["Load", "Sandbox", "new_run_id", "run"]

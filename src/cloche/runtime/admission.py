@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import anyio
 
 from cloche.errors import QueueTimeout
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy a sandbox is at one moment."""
+
+    places: int
+    """How many runs it has at a time."""
+    taken: int
+    """How many places are held now. A run holds its own until its box is removed."""
+    waiting: int
+    """How many runs wait for one."""
 
 
 class Admission:
@@ -27,6 +40,11 @@ class Admission:
     def waiting(self) -> int:
         """How many runs wait for a place."""
         return self._limiter.statistics().tasks_waiting
+
+    @property
+    def load(self) -> Load:
+        """All of it."""
+        return Load(self._places, self.taken, self.waiting)
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:

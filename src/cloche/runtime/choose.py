@@ -16,6 +16,8 @@ from cloche.settings import Mode, Settings
 
 CLOSE_S = 5.0
 """How long a backend may take to give back what it holds."""
+LOOK_S = 30.0
+"""How long an engine that is asked anew may take. A backend bounds each of its requests; this is for all of them."""
 
 _log = logging.getLogger("cloche.runtime")
 
@@ -27,6 +29,8 @@ class Chosen:
     backend: Backend
     capabilities: Capabilities
     posture: Posture
+    factory: BackendFactory
+    """Makes another backend like this one."""
     fallback_from: str | None = None
 
 
@@ -48,6 +52,30 @@ async def choose(settings: Settings, owner: str, table: Mapping[str, BackendFact
         return chosen
     await let_go(chosen.backend)
     return await _in_its_place(settings, owner, table, chosen.posture)
+
+
+async def look_again(settings: Settings, owner: str, chosen: Chosen) -> Posture:
+    """What the engine of the chosen backend offers now. Raises nothing, and leaves the chosen backend alone.
+
+    A backend keeps what its probe found, for its boxes stand on that; so it is another one that asks. ``owner`` is that one's.
+    """
+    mode = chosen.posture.mode
+    try:
+        with anyio.fail_after(LOOK_S):
+            again = await _probe(settings, owner, chosen.factory)
+    except TimeoutError:
+        return _unavailable(mode, f"it gave no answer within {LOOK_S:g} s")
+    except Exception as exc:  # (an engine may fail in any way)
+        _log.exception("the engine of the mode %s cannot be looked at", mode)
+        return _unavailable(mode, repr(exc))
+    await let_go(again.backend)
+    return again.posture
+
+
+def _unavailable(mode: str, reason: str) -> Posture:
+    return Posture(
+        mode, available=False, isolation=Isolation.NONE, reason=reason, hint=BackendUnavailable.default_hint
+    )
 
 
 async def tend(backend: Backend) -> None:
@@ -104,7 +132,8 @@ def check_floor(posture: Posture, floor: Isolation) -> None:
 async def _probe(settings: Settings, owner: str, factory: BackendFactory) -> Chosen:
     backend = factory(settings, owner)
     try:
-        return Chosen(backend, backend.capabilities(), await backend.probe())
+        posture = await backend.probe()
+        return Chosen(backend, backend.capabilities(), posture, factory)
     except BaseException:  # cancelled: what the backend already holds must not stay
         await let_go(backend)
         raise

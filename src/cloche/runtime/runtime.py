@@ -18,10 +18,10 @@ from cloche.errors import InvalidSpec, SandboxDisabled
 from cloche.events import Event, Finished
 from cloche.isolation import Posture
 from cloche.result import Fold, Result
-from cloche.runtime.admission import Admission
-from cloche.runtime.choose import Chosen, check_floor, choose, let_go, tend
+from cloche.runtime.admission import Admission, Load
+from cloche.runtime.choose import check_floor, choose, let_go, look_again, tend
 from cloche.runtime.life import Counters, House, Run
-from cloche.runtime.sweep import sweep
+from cloche.runtime.sweep import keep_sweeping
 from cloche.settings import Settings
 from cloche.spec import Spec
 
@@ -38,6 +38,10 @@ def new_run_id() -> str:
     return f"r{int(time.time() * 1000):011x}{secrets.token_hex(6)}"
 
 
+def _new_owner() -> str:
+    return f"o{secrets.token_hex(8)}"
+
+
 class Sandbox:
     """Runs scripts in isolation, on the engine that the settings choose.
 
@@ -52,13 +56,17 @@ class Sandbox:
 
     def __init__(self, settings: Settings | None = None, *, backends: Mapping[str, BackendFactory] = TABLE) -> None:
         self.settings: Settings = Settings() if settings is None else settings
-        self.owner: str = f"o{secrets.token_hex(8)}"
+        self.owner: str = _new_owner()
         """Stands on every box that this sandbox makes."""
         self._table = backends
         self._house: House | None = None
         self._group: TaskGroup | None = None
         self._runs: dict[str, Run] = {}
         self._swept: anyio.Event | None = None
+        self._sweeping: anyio.CancelScope | None = None
+        self._looking = anyio.Lock()
+        self._looks = 0
+        self._last_look: Posture | None = None
         self._closed = False
 
     @classmethod
@@ -79,7 +87,7 @@ class Sandbox:
         self._swept = anyio.Event()
         self._group = anyio.create_task_group()
         await self._group.__aenter__()
-        self._group.start_soon(self._sweep, chosen, self._house.counters, self._swept)
+        self._group.start_soon(self._sweep, self._house, self._swept, name="cloche sweep")
         self._group.start_soon(tend, chosen.backend, name="cloche tend")
         return self
 
@@ -112,9 +120,34 @@ class Sandbox:
         """What went wrong in the background: removals and sweeps."""
         return self._opened()[0].counters
 
+    @property
+    def load(self) -> Load:
+        """How many runs there are now, and how many wait."""
+        return self._opened()[0].admission.load
+
+    @property
+    def runs(self) -> bool:
+        """Whether scripts are run at all: not in the mode ``disabled``."""
+        return self._opened()[0].chosen.capabilities.runs
+
     async def posture(self) -> Posture:
         """What isolation is in force, as it was found on entering."""
         return self._opened()[0].chosen.posture
+
+    async def probe(self) -> Posture:
+        """What the engine offers now: asks it anew, for those who want to know whether the next run will find it.
+
+        Raises nothing; an engine that cannot be used is a posture with the reason. Runs do not notice. Whoever asks while
+        somebody else does gets an answer no older than the question.
+        """
+        house, _ = self._opened()
+        begun = self._looks
+        async with self._looking:
+            if self._looks > begun and self._last_look is not None:  # one that was begun after we had asked
+                return self._last_look
+            self._looks, self._last_look = self._looks + 1, None
+            self._last_look = await look_again(self.settings, _new_owner(), house.chosen)
+            return self._last_look
 
     async def run(self, spec: Spec, *, run_id: str | None = None, wait_cleanup: bool = False) -> Result:
         """Run a script and give its result.
@@ -192,6 +225,8 @@ class Sandbox:
             await run.gone.wait()
         with anyio.move_on_after(SWEEP_WAIT_S):
             await self._swept.wait()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
 
     def _begin(self, spec: Spec, run_id: str, *, wait_cleanup: bool) -> Run:
         house, group = self._opened()
@@ -215,11 +250,9 @@ class Sandbox:
         finally:
             del self._runs[run.run_id]
 
-    async def _sweep(self, chosen: Chosen, counters: Counters, swept: anyio.Event) -> None:
-        try:
-            await sweep(chosen.backend, counters)
-        finally:
-            swept.set()
+    async def _sweep(self, house: House, swept: anyio.Event) -> None:
+        with anyio.CancelScope() as self._sweeping:
+            await keep_sweeping(house.chosen.backend, house.counters, self.settings.sweep_every, swept)
 
     def _opened(self) -> tuple[House, TaskGroup]:
         if self._house is None or self._group is None:

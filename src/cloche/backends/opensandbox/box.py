@@ -27,7 +27,7 @@ from cloche.backends.opensandbox.facts import Sandbox
 from cloche.errors import BackendUnavailable, ClocheError, IsolationUnavailable, PermissionDenied, ProtocolError
 from cloche.supervisor.bundle import Bundle
 
-READY_STEPS_S = (0.005, 0.005, 0.01, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
+READY_STEPS_S = (*[0.005] * 6, *[0.01] * 10, 0.02, 0.03, 0.05, 0.1, 0.2)
 """Between two looks whether execd is there; the last one is repeated."""
 LOOK_S = 0.3
 """A sandbox whose execd is not there after so long is looked at, and again after as long: it may be dead."""
