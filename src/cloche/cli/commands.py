@@ -70,3 +70,16 @@ def run(**options: Any) -> int:
     Its output streams through, its exit status is this command's. Arguments for the script stand after "--".
     """
     return execute(Options(**options))
+
+
+@cloche.command("serve")
+@click.option("--address", metavar="HOST:PORT", help="Where to listen.  [CLOCHE_SERVE_ADDRESS, 127.0.0.1:8080]")
+@click.option("--mode", metavar="MODE", help=f"{' or '.join(TABLE)}.  [CLOCHE_MODE]")
+def serve(**options: str | None) -> int:
+    """Run scripts for others, over HTTP.
+
+    Who may ask is set with CLOCHE_SERVE_TOKENS or CLOCHE_SERVE_TOKENS_FILE. GET /docs describes the interface.
+    """
+    from cloche.cli.serve import execute
+
+    return execute(options["address"], options["mode"])

@@ -64,7 +64,7 @@ class Live:
             async with self._sandbox:
                 self._fold = self._sandbox.fold(self._run_id)
                 if self._verbose:
-                    render.say_posture(await self._sandbox.posture())
+                    render.say_posture(await self._sandbox.posture(), self._sandbox.choice)
                 await self._follow(writer)
         except ClocheError as error:
             self.error = error

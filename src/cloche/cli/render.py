@@ -31,8 +31,10 @@ def say_error(error: ClocheError) -> None:
     say(f"hint: {error.hint}")
 
 
-def say_posture(posture: Posture) -> None:
-    """What isolation is in force, promise by promise."""
+def say_posture(posture: Posture, choice: str = "") -> None:
+    """What isolation is in force, promise by promise; and first how it came to this mode, where cloche chose it."""
+    if choice:
+        say(choice)
     say(f"mode {posture.mode} ({posture.engine or 'no engine'}), isolation {posture.isolation}")
     for guarantee in posture.guarantees:
         advice = f". {guarantee.advice}" if guarantee.advice else ""

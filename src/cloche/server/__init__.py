@@ -1,0 +1,1 @@
+"""The HTTP service: thin. It reads requests, calls the runtime, and writes what comes back."""
