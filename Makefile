@@ -72,10 +72,11 @@ imports: $(VENV)/.ready ## the direction of imports
 docs: setup ## links resolve, examples run, docs/settings.md is what the code says
 	$(BIN)/python docs/check.py
 
-bench: setup ## measure cloche against plain bubblewrap, and where there is one, a daemon's own client, a bare Job, a service's own package
+bench: setup ## measure cloche against plain bubblewrap, its service against the library, and each engine that is there against its own ways
 	@mkdir -p build
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench
 	$(BIN)/python -m benchmarks.local --json build/bench.json
+	$(BIN)/python -m benchmarks.service --json build/bench-service.json
 	$(BIN)/python -m benchmarks.docker --json build/bench-docker.json
 	$(BIN)/python -m benchmarks.kubernetes --json build/bench-kubernetes.json
 	$(BIN)/python -m benchmarks.opensandbox --json build/bench-opensandbox.json

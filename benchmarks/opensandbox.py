@@ -429,7 +429,9 @@ def _show_goals(console: Console, of: Mapping[str, Any]) -> None:
         for package_ in PACKAGE:
             ratio = of[measure]["cloche"]["p50_ms"] / of["whole"][package_]["p50_ms"]
             verdict = "met" if ratio <= goal else "NOT met"
-            console.print(f"cloche, {measure}: {ratio:.2f} of a run of the {package_} (goal: at most {goal}; {verdict})")
+            console.print(
+                f"cloche, {measure}: {ratio:.2f} of a run of the {package_} (goal: at most {goal}; {verdict})"
+            )
 
 
 def _ratio(rows: Mapping[str, Mapping[str, float]], who: str, to: str) -> float:
