@@ -17,7 +17,7 @@ C_SOURCES := $(wildcard src/cloche/supervisor/c/*.[ch])
 .PHONY: help setup demo test lint format types imports docs bench supervisor supervisor-all sanitize \
         engines-docker engines-docker-env engines-docker-down \
         engines-kubernetes engines-kubernetes-env engines-kubernetes-down \
-        engines-opensandbox engines-opensandbox-env engines-opensandbox-down engines-vm wheel wheel-check clean
+        engines-opensandbox engines-opensandbox-env engines-opensandbox-down engines-compose engines-compose-env engines-vm wheel wheel-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,7 @@ test: setup ## run the tests; PYTEST_ARGS="-k word" narrows them
 lint: $(VENV)/.ready ## style and likely mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint deploy/images/*/Dockerfile
 
 format: $(VENV)/.ready ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
@@ -113,6 +114,13 @@ engines-opensandbox-env: ## the variables by which the tests find them, to be ev
 
 engines-opensandbox-down: ## end them, and leave nothing of them
 	@$(BIN)/python -m tests.engines.opensandbox down
+
+engines-compose: setup ## build Docker Compose and the images that its tests need; the daemon is that of engines-docker
+	@$(BIN)/python -m tests.engines.compose build
+	@echo 'Now let the tests find it: eval "$$(make --silent engines-compose-env)"'
+
+engines-compose-env: ## the variable by which the tests find it, to be evaluated by a shell
+	@$(BIN)/python -m tests.engines.compose env
 
 engines-vm: setup ## prove the local backend in a virtual machine (needs root, qemu, debootstrap); VM_ARGS="--scene user-login"
 	$(BIN)/python -m tests.engines.vm $(VM_ARGS)

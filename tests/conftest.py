@@ -14,6 +14,8 @@ from tests.modes import MODES, ready
 
 from cloche.testing.conformance import Target, must_work
 
+TOOLS = frozenset({"compose", "helm"})
+"""Programs that have tests of their own, by the names of CLOCHE_MUST_WORK."""
 QUICK = {"os.stat", "os.unlink", "os.readlink", "os.access", "os.path.islink", "os.path.abspath"}
 """Looking a path up takes some microseconds; handing that to a thread takes a hundred."""
 
@@ -29,8 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     demanded = {name.strip() for name in os.environ.get("CLOCHE_MUST_WORK", "").split(",") if name.strip()}
-    if unknown := demanded - MODES.keys():
-        raise pytest.UsageError(f"CLOCHE_MUST_WORK names no mode that the suites know: {', '.join(sorted(unknown))}")
+    if unknown := demanded - MODES.keys() - TOOLS:
+        raise pytest.UsageError(
+            f"CLOCHE_MUST_WORK names no mode and no tool that the suites know: {', '.join(sorted(unknown))}"
+        )
 
 
 def pytest_report_header() -> str:
