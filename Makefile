@@ -17,7 +17,7 @@ C_SOURCES := $(wildcard src/cloche/supervisor/c/*.[ch])
 .PHONY: help setup demo test lint format types imports docs bench supervisor supervisor-all sanitize \
         engines-docker engines-docker-env engines-docker-down \
         engines-kubernetes engines-kubernetes-env engines-kubernetes-down \
-        engines-opensandbox engines-opensandbox-env engines-opensandbox-down engines-compose engines-compose-env engines-vm wheel wheel-check clean
+        engines-opensandbox engines-opensandbox-env engines-opensandbox-down chart engines-helm-env engines-compose engines-compose-env engines-vm wheel wheel-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -114,6 +114,12 @@ engines-opensandbox-env: ## the variables by which the tests find them, to be ev
 
 engines-opensandbox-down: ## end them, and leave nothing of them
 	@$(BIN)/python -m tests.engines.opensandbox down
+
+chart: setup ## the Helm chart: lint, templates, refusals; with a cluster and CLOCHE_TEST_SERVICE_IMAGE, installs of it (needs Go)
+	@eval "$$($(BIN)/python -m tests.engines.helm env)" && $(BIN)/python -m pytest tests/chart $(PYTEST_ARGS)
+
+engines-helm-env: setup ## the variable by which the tests find helm, which is built first
+	@$(BIN)/python -m tests.engines.helm env
 
 engines-compose: setup ## build Docker Compose and the images that its tests need; the daemon is that of engines-docker
 	@$(BIN)/python -m tests.engines.compose build
