@@ -155,6 +155,20 @@ def _cgroups() -> Iterator[str]:
                 yield f"cgroup {folder}/{name}"
 
 
+def _is_served(folder: Path) -> bool:
+    """Whether it holds the uploads of a service that lives: that is locked. Whether one of ours should live, its test knows."""
+    if not folder.name.startswith("cloche-serve-"):
+        return False
+    try:
+        with (folder / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def _folders() -> Iterator[str]:
     kept = {_state_folder(), Path("/run/cloche")}
     for top in {
@@ -167,7 +181,7 @@ def _folders() -> Iterator[str]:
     }:
         with contextlib.suppress(OSError):
             for path in Path(top).iterdir():
-                if path.name.startswith(("cloche-vm", "cloche-engines")):
-                    continue  # engines of tests/engines
+                if path.name.startswith(("cloche-vm", "cloche-engines")) or _is_served(path):
+                    continue  # engines of tests/engines, uploads of a service that lives
                 if path.name.startswith("cloche") and path not in kept and path.stat().st_uid == os.geteuid():
                     yield f"path {path}"

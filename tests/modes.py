@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import anyio
-from tests import clusters, daemons, leftovers, services
+from tests import clusters, daemons, leftovers, remotes, services
 from tests.kubernetes import deployment
 
 from cloche.testing.conformance import Target, absent
@@ -23,20 +22,10 @@ def count_local_boxes() -> int:
     Looking through /proc takes a while, in which boxes come and go. Those that are still there after it were all there at
     one moment.
     """
-    seen = {int(name): _stat(int(name)) for name in os.listdir("/proc") if name.isdigit()}
+    seen = {int(name): remotes.stat(int(name)) for name in os.listdir("/proc") if name.isdigit()}
     ours = {pid for pid, (name, parent) in seen.items() if name == "cloche-guard" and parent == os.getpid()}
     boxes = {pid: parent for pid, (name, parent) in seen.items() if name == "bwrap" and parent in ours}
-    return len({parent for pid, parent in boxes.items() if _stat(pid) == seen[pid]})
-
-
-def _stat(pid: int) -> tuple[str, int]:
-    """Name and parent of a process that lives; nobody's for others."""
-    with contextlib.suppress(OSError):
-        name, rest = Path(f"/proc/{pid}/stat").read_text().split("(", 1)[1].rsplit(")", 1)
-        state, parent = rest.split()[:2]
-        if state not in "ZX":
-            return name, int(parent)
-    return "", 0
+    return len({parent for pid, parent in boxes.items() if remotes.stat(pid) == seen[pid]})
 
 
 def local() -> Target:
@@ -153,6 +142,23 @@ def opensandbox_old() -> Target:
     return _service("opensandbox-old")
 
 
+def remote() -> Target:
+    """A service on this machine, in the mode local, that is started for the tests.
+
+    How many boxes there are is bounded by the service: a run is over here when its result is known, and its box is removed there.
+    """
+    try:
+        service = remotes.start()
+    except remotes.AbsentError as exc:
+        raise Unset(str(exc)) from exc
+    return Target(
+        "remote",
+        {"CLOCHE_REMOTE_URL": service.url, "CLOCHE_REMOTE_TOKEN": service.token},
+        interpreters=frozenset(name for name in INTERPRETERS if shutil.which(name) is not None),
+        remains=service.remains,
+    )
+
+
 MODES: Mapping[str, Callable[[], Target]] = {
     "local": local,
     "docker": docker,
@@ -162,6 +168,7 @@ MODES: Mapping[str, Callable[[], Target]] = {
     "kubernetes": kubernetes,
     "opensandbox": opensandbox,
     "opensandbox-old": opensandbox_old,
+    "remote": remote,
 }
 """By the name of CLOCHE_MUST_WORK. There can be several targets of one mode."""
 

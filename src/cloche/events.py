@@ -29,6 +29,8 @@ class Started:
     mode: str
     isolation: Isolation
     fallback_from: str | None = None
+    guarantees: tuple[str, ...] = ()
+    """The names of those that are in force, as the sandbox's posture has them."""
 
 
 @dataclass(frozen=True, slots=True)

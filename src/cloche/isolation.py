@@ -62,6 +62,31 @@ class Guarantee:
     state: State
     evidence: str
     advice: str = ""
+    needed: bool = True
+    """Whether a run counts on it. Else it is one wall more than there must be, or a bound that this kind of engine does not
+    have."""
+
+
+class Verdict(StrEnum):
+    """How a check of the way to a box ended."""
+
+    OK = "ok"
+    NOT_OK = "not-ok"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Something that has to be right before there can be a box (settings, an engine that answers, rights, an image), how it is,
+    and how that is known. ``advice`` says what to do about it.
+    """
+
+    name: str
+    verdict: Verdict
+    evidence: str
+    advice: str = ""
+    needed: bool = True
+    """Whether a run needs it to be right. Else it is worth to be told, and nothing fails over it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +105,10 @@ class Posture:
     engine: str = ""
     """What does the work, with its version: ``bubblewrap 0.8.0``."""
     guarantees: tuple[Guarantee, ...] = ()
+    proved: bool = False
+    """Whether a script looked from inside of a box, and level and guarantees are what it found there."""
+
+    @property
+    def missing(self) -> tuple[Guarantee, ...]:
+        """What a run counts on and does not have."""
+        return tuple(g for g in self.guarantees if g.needed and g.state is State.NOT_IN_FORCE)

@@ -130,6 +130,8 @@ class Result(BaseModel):
     """The level in force. None when no box was chosen."""
     fallback_from: str | None = None
     """The mode that was asked for, when another one ran it."""
+    guarantees: tuple[str, ...] = ()
+    """The names of the guarantees in force, such as ``network``. What they mean and how they are known, the posture says."""
     timings_ms: Timings = Field(default_factory=timings)
     usage: Usage = Field(default_factory=Usage)
     error: ErrorInfo | None = None
@@ -189,6 +191,7 @@ class Result(BaseModel):
         out["outcome"] = str(self.outcome)
         out["isolation"] = None if self.isolation is None else str(self.isolation)
         out["artifacts"] = [{**a.model_dump(), "path": _valid_text(a.path)} for a in self.artifacts]
+        out["guarantees"] = list(self.guarantees)
         out["timings_ms"] = dict(self.timings_ms)
         out["usage"] = {
             "cpu_ms": self.usage.cpu_ms,
@@ -212,8 +215,8 @@ class Result(BaseModel):
 class Fold:
     """Makes the result from a run's events, one by one. Keeps what the events carry and nothing else.
 
-    ``run_id``, ``mode``, ``isolation`` and ``fallback_from`` hold until a ``Started`` event brings them: a run can end
-    before it started.
+    ``run_id``, ``mode``, ``isolation``, ``fallback_from`` and ``guarantees`` hold until a ``Started`` event brings
+    them: a run can end before it started.
     """
 
     def __init__(
@@ -222,12 +225,14 @@ class Fold:
         mode: str | None = None,
         isolation: Isolation | None = None,
         fallback_from: str | None = None,
+        guarantees: tuple[str, ...] = (),
     ) -> None:
         self._identity: dict[str, Any] = {
             "run_id": run_id,
             "mode": mode,
             "isolation": isolation,
             "fallback_from": fallback_from,
+            "guarantees": guarantees,
         }
         self._stdout = bytearray()
         self._stderr = bytearray()
@@ -254,6 +259,7 @@ class Fold:
                     "mode": event.mode,
                     "isolation": event.isolation,
                     "fallback_from": event.fallback_from,
+                    "guarantees": event.guarantees,
                 }
             case Output():
                 (self._stdout if event.stream == "stdout" else self._stderr).extend(event.data)

@@ -275,6 +275,13 @@ class Settings(BaseModel):
         allowed=", ".join(Isolation),
         why="below it a script sees the host's files, processes and network",
     )
+    prove: Literal["off", "start"] = _setting(
+        "off",
+        "When isolation is proved: with `start`, a script looks from inside of a box when a sandbox opens, and the floor is "
+        "compared with what it finds.",
+        allowed="off or start",
+        why="it takes seconds, and some boxes; `cloche doctor` does it when you ask",
+    )
     timeout: Seconds = _setting(
         60.0,
         "Seconds that a script may run, from its own start, when its spec does not say.",
@@ -640,8 +647,8 @@ class Settings(BaseModel):
     )
     serve_tokens: SecretStr | None = _setting(
         None,
-        "The tokens that `cloche serve` takes, `name:token` or `name:token:limit`, with commas or new lines between; the limit is how "
-        "many runs this token may have at a time, queued ones included. Never printed.",
+        "The tokens that `cloche serve` takes, `name:token` or `name:token:limit`, with commas or new lines between; the limit "
+        "is how many runs this token may have at a time, queued ones included. Never printed.",
         allowed="a list such as search:6f0c9e…:10; a token has 16 to 512 letters, digits and . _ ~ + / = -",
         unset="what `CLOCHE_SERVE_TOKENS_FILE` holds; if that is unset too, nobody needs a token",
         why="a secret has no default",
@@ -674,7 +681,7 @@ class Settings(BaseModel):
     )
     serve_keep_bytes: ByteSize = _setting(
         64 * 2**20,
-        "Bytes of ended runs, results and artifacts, that `cloche serve` keeps for those who ask later. The oldest go first.",
+        "Bytes of ended runs, results and artifacts, that `cloche serve` keeps for those who ask later; the oldest go first.",
         allowed=_AMOUNT,
         why="an answer to a client that lost its connection, in memory that a small server has",
         ge=0,
@@ -682,7 +689,7 @@ class Settings(BaseModel):
     )
     sweep_every: Seconds = _setting(
         60.0,
-        "Seconds between two sweeps for what the dead left, half or one and a half times as long by chance; 0: only one, at the start.",
+        "Seconds between two sweeps for what the dead left, half or one and a half times as many by chance; 0: only at the start.",
         allowed="seconds such as 0, 60 or 1.5, or a duration such as 2m",
         why="a box lives for minutes, and many processes must not ask an engine at the same moment",
         ge=0,

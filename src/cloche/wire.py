@@ -31,6 +31,7 @@ def event_to_dict(event: Event) -> dict[str, Any]:
                 "mode": event.mode,
                 "isolation": str(event.isolation),
                 "fallback_from": event.fallback_from,
+                "guarantees": list(event.guarantees),
             }
         case Output():
             return {"event": "output", "stream": event.stream, "offset": event.offset, "data": _to_base64(event.data)}
@@ -64,6 +65,7 @@ def event_from_dict(value: object) -> Event:
                 fields.text("mode"),
                 _member(Isolation, fields.text("isolation")),
                 fields.text_or_none("fallback_from"),
+                fields.texts("guarantees"),
             )
         case "output":
             event = Output(_stream(fields.text("stream")), fields.count("offset"), fields.data("data"))
@@ -170,6 +172,12 @@ class _Fields:
 
     def text_or_none(self, name: str) -> str | None:
         return self._optional(name, str)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        found = self._typed(name, list)
+        if not all(isinstance(text, str) for text in found):
+            raise self._wrong(name)
+        return tuple(found)
 
     def flag(self, name: str) -> bool:
         return self._typed(name, bool)

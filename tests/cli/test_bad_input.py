@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import cloche
+from cloche.runtime import MODES
 from cloche.settings import Settings
 from cloche.testing.fake import FakeBackend
 
@@ -114,7 +115,14 @@ CASES = [
         ["--env", "LD_PRELOAD=x", "ok.py"],
     ),
     Case("unknown mode", "invalid-settings", "dokcer", SCRIPT, ["ok.py"], {"CLOCHE_MODE": "dokcer"}),
-    Case("mode to come", "backend-unavailable", "no mode remote", SCRIPT, ["ok.py"], {"CLOCHE_MODE": "remote"}),
+    Case(
+        "remote, and no address",
+        "backend-unavailable",
+        "No cloche service is configured",
+        SCRIPT,
+        ["ok.py"],
+        {"CLOCHE_MODE": "remote", "CLOCHE_FALLBACK": "false"},
+    ),
     Case("disabled", "sandbox-disabled", "switched off", SCRIPT, ["ok.py"], {"CLOCHE_MODE": "disabled"}),
     Case(
         "disabled, and no script",
@@ -203,9 +211,7 @@ async def test_python(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch)
     """In Python bad input raises the error with its code, and a hint; no box is made."""
     monkeypatch.chdir(folder)
     engine = FakeBackend()
-    table = {mode: factory for mode, factory in cloche.backends.TABLE.items() if mode != "local"} | {
-        "local": engine.factory
-    }
+    table = {mode: factory for mode, factory in MODES.items() if mode != "local"} | {"local": engine.factory}
     if case.words == "Permission denied" and os.geteuid() == 0:
         os.seteuid(UNPRIVILEGED)
     try:

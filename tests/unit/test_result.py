@@ -18,7 +18,7 @@ from cloche.result import Fold, Result, error_class
 SNAPSHOT = Path(__file__).parent / "snapshots" / "result.schema.json"
 
 EVENTS: list[Event] = [
-    Started("r1", "kubernetes", Isolation.CONTAINER, "docker"),
+    Started("r1", "kubernetes", Isolation.CONTAINER, "docker", ("network", "identity")),
     Output("stdout", 0, b"caf\xc3"),
     Output("stderr", 0, b"bad \xff"),
     Output("stdout", 4, b"\xa9\n"),
@@ -75,6 +75,7 @@ def test_json_form() -> None:
         "mode": "kubernetes",
         "isolation": "container",
         "fallback_from": "docker",
+        "guarantees": ["network", "identity"],
         "timings_ms": {
             "queued": 0.1,
             "prepare": None,

@@ -12,12 +12,15 @@ from typing import Any
 
 import anyio
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cloche
 from cloche.backends.contract import Capabilities, Fate, FateKind, Leftover, Profile
 from cloche.events import Artifact, Event, Finished, Output, Started
 from cloche.isolation import Isolation, Posture
-from cloche.runtime import Sandbox, life, new_run_id, reading
+from cloche.runtime import Load, Sandbox, choose, life, new_run_id, reading
+from cloche.runtime.sweep import pause
 from cloche.settings import Settings
 from cloche.spec import Spec
 from cloche.supervisor.frames import Data, Fail, File, FileData
@@ -280,7 +283,6 @@ async def test_no_fallback_when_available(caplog: pytest.LogCaptureFixture) -> N
             cloche.BackendUnavailable,
             ["no mode remote"],
         ),
-        (postured("docker"), postured("local"), {"mode": "auto"}, cloche.BackendUnavailable, ["no mode auto"]),
     ],
 )
 async def test_no_engine(
@@ -864,3 +866,143 @@ async def test_no_script_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
             await s.run(spec)
     assert caplog.records
     assert "SECRET" not in caplog.text
+
+
+# --- for whoever keeps a sandbox open -------------------------------------------------------------------------------
+
+
+async def test_sweeps_again_and_again() -> None:
+    """As long as the sandbox is open, what the dead left is removed, again and again."""
+    backend = FakeBackend(leftovers=[Leftover("folder", "x", removed=True)])
+    async with sandbox(backend, sweep_every=0.01) as s:
+        await wait_until(lambda: backend.sweeps >= 4)
+        assert s.counters.swept >= 3
+        await s.close()
+        swept = backend.sweeps
+        await anyio.sleep(0.05)
+        assert backend.sweeps == swept, "a closed sandbox sweeps no more"
+
+
+@pytest.mark.parametrize("error", [OSError("no"), cloche.BackendUnavailable("The daemon does not answer.")])
+async def test_sweeps_after_one_that_failed(error: Exception) -> None:
+    """A sweep that fails is not the last one."""
+    backend = FakeBackend([Play(HI)], leftovers=error)
+    async with sandbox(backend, sweep_every=0.01) as s:
+        await wait_until(lambda: s.counters.sweeps_failed >= 3)
+        assert (await s.run(SPEC)).exit_code == 3
+
+
+@given(st.floats(1e-3, 7 * 24 * 3600))
+def test_pauses_between_sweeps(every_s: float) -> None:
+    """The pauses are half to one and a half times as long as said, and not all alike."""
+    pauses = [pause(every_s) for _ in range(20)]
+    assert all(0.5 * every_s <= each <= 1.5 * every_s for each in pauses)
+    assert len(set(pauses)) > 1
+
+
+async def test_load() -> None:
+    """How many places there are, how many are taken, and how many runs wait for one."""
+    backend = FakeBackend([Play(NEVER)])
+    async with sandbox(backend, max_concurrent=2) as s, anyio.create_task_group() as group:
+        assert s.load == Load(places=2, taken=0, waiting=0)
+        for i in range(3):
+            group.start_soon(partial(s.run, SPEC, run_id=f"r{i}"))
+        await wait_until(lambda: backend.alive == 2)
+        assert s.load == Load(places=2, taken=2, waiting=1)
+        for i in range(3):
+            s.kill(f"r{i}")
+
+
+async def test_runs() -> None:
+    """Whether scripts are run at all can be seen without running one."""
+    async with sandbox(FakeBackend()) as s:
+        assert s.runs
+    async with Sandbox(Settings.model_validate({"mode": "disabled"})) as s:
+        assert not s.runs
+
+
+class Engines:
+    """Makes a backend each time, as the real tables do. ``postures`` are what they find, one after the other."""
+
+    def __init__(self, *postures: Posture | Exception, slow_s: float = 0.0) -> None:
+        self.postures = list(postures)
+        self.slow_s = slow_s
+        self.made: list[FakeBackend] = []
+        self.owners: list[str] = []
+
+    def factory(self, settings: Settings, owner: str) -> FakeBackend:
+        backend = FakeBackend([Play(HI)])
+        found = self.postures[min(len(self.made), len(self.postures) - 1)]
+
+        async def probe() -> Posture:
+            await anyio.sleep(self.slow_s)
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        backend.probe = probe  # type: ignore[method-assign]
+        self.made.append(backend)
+        self.owners.append(owner)
+        return backend
+
+
+WELL = Posture("local", available=True, isolation=Isolation.NAMESPACE)
+ILL = Posture("local", available=False, isolation=Isolation.NONE, reason="it is gone")
+
+
+async def test_probe() -> None:
+    """The engine is asked anew, by a backend of its own; the posture that was found on entering stays, and runs go on."""
+    engines = Engines(WELL, ILL, WELL)
+    async with Sandbox(backends={"local": engines.factory}) as s:
+        assert await s.probe() == ILL
+        assert await s.posture() == WELL
+        assert (await s.run(SPEC)).exit_code == 3
+        assert await s.probe() == WELL
+        assert len(set(engines.owners)) == 3
+        assert [backend.closed for backend in engines.made] == [False, True, True]
+
+
+async def test_probe_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happens to an engine, asking it raises nothing."""
+    async with Sandbox(backends={"local": Engines(WELL, ZeroDivisionError("oops")).factory}) as s:
+        found = await s.probe()
+        assert (found.mode, found.available) == ("local", False)
+        assert "oops" in found.reason
+    engines = Engines(WELL)
+    async with Sandbox(backends={"local": engines.factory}) as s:
+        monkeypatch.setattr(choose, "LOOK_S", 0.01)
+        engines.slow_s = math.inf
+        found = await s.probe()
+        assert (found.available, found.reason) == (False, "it gave no answer within 0.01 s")
+        assert engines.made[1].closed
+
+
+async def test_probes_at_once() -> None:
+    """Those who ask while somebody else does share an answer that is no older than their question."""
+    engines = Engines(WELL, ILL, WELL)
+    async with Sandbox(backends={"local": engines.factory}) as s:
+        engines.slow_s = 0.02
+        found: list[Posture] = []
+
+        async def ask() -> None:
+            found.append(await s.probe())
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask)
+            await anyio.sleep(0.005)
+            for _ in range(20):
+                group.start_soon(ask)
+    assert found == [ILL, *[WELL] * 20]
+    assert len(engines.made) == 3
+
+
+async def test_probe_of_a_caller_who_leaves() -> None:
+    """Somebody who does not wait for the answer leaves nothing, and takes nothing from the next one."""
+    engines = Engines(WELL, ILL, WELL)
+    async with Sandbox(backends={"local": engines.factory}) as s:
+        engines.slow_s = math.inf
+        with anyio.move_on_after(0.01):
+            await s.probe()
+        engines.slow_s = 0
+        assert await s.probe() == WELL
+    assert all(backend.closed for backend in engines.made)

@@ -87,7 +87,7 @@ def test_result_there_and_back() -> None:
     """A result survives JSON, but for the data of its artifacts."""
     fold = Fold()
     for event in (
-        Started("r1", "local", Isolation.NAMESPACE),
+        Started("r1", "local", Isolation.NAMESPACE, guarantees=("network",)),
         Output("stdout", 0, b"hi"),
         Artifact("a/b.txt", 2, b"xy"),
         Finished(Outcome.SIGNALED, signal="SIGSEGV", stdout_bytes=2),

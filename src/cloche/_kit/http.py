@@ -91,6 +91,20 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
+class Pieces:
+    """A body that is sent piece by piece, so that a large one is not put together first."""
+
+    content_type: str
+    pieces: Sequence[bytes] = field(repr=False)
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """All of it, in chunks of which each can be sent in the time for one."""
+        for piece in self.pieces:
+            for start in range(0, len(piece), READ_BYTES):
+                yield piece[start : start + READ_BYTES]
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """A whole response."""
 
@@ -162,6 +176,8 @@ class Stream:
     def __init__(self, response: httpx2.Response) -> None:
         self._response = response
         self.status = response.status_code
+        self.headers: Mapping[str, str] = response.headers
+        """Names in lower case."""
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body, cut anywhere.
@@ -246,7 +262,8 @@ class HttpClient:
         headers: Mapping[str, str] | None = None,
         idle_s: float | None,
     ) -> AsyncIterator[Stream]:
-        """A request whose answer is read as it comes; ``idle_s`` bounds the time between two pieces (None: no bound).
+        """A request whose answer is read as it comes; ``idle_s`` bounds the time between two pieces (None: no bound), and
+        that for each piece of a ``body`` that is sent in such.
 
         Raises:
             HttpFailure: see its subclasses.
@@ -295,7 +312,11 @@ class HttpClient:
         parts: Sequence[Part] | None = None,
     ) -> httpx2.Request:
         given: dict[str, str] = dict(headers or {})
-        if body is not None and not isinstance(body, bytes):
+        if isinstance(body, Pieces):
+            given["Content-Type"] = body.content_type
+            given["Content-Length"] = str(sum(map(len, body.pieces)))  # else it would be sent without
+            body = body.chunks()
+        elif body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
             given["Content-Type"] = "application/json"
         params = {name: str(v).lower() if isinstance(v, bool) else str(v) for name, v in (query or {}).items()}

@@ -6,13 +6,13 @@ is fed one bundle, gives out the supervisor's frames, and can tell its fate.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from cloche.isolation import Posture
+from cloche.isolation import Check, Posture
 from cloche.spec import Limits, Network
 from cloche.supervisor.bundle import Bundle
 
@@ -35,6 +35,9 @@ class Profile:
     """How large that bundle is at most in the form in which it travels, arguments and names of files included."""
     interpreter: str | None = None
     """The program that the box must offer; ``local`` finds it on the host and shows it to the box."""
+    sockets: bool = False
+    """Leave internet sockets to the script even without a network, so that the engine's own wall is all that holds: for cloche's
+    own prober, which shows whether there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +85,28 @@ class Fate:
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Something that a dead owner left, and whether it was removed."""
+    """Something that a dead owner left, whether it was removed, and why; or why not."""
 
     kind: str
     name: str
     removed: bool
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What is known of an engine before a script looks at a box of its from inside."""
+
+    checks: tuple[Check, ...] = ()
+    """What has to be right on the way to a box, in the order in which a run meets it."""
+    here: bool = False
+    """Whether boxes run on this machine: then its boot id, its namespaces and its own addresses tell something about them."""
+    kernel: str = ""
+    """The release of the kernel of the engine's own host, where the engine tells it."""
+    machine: str | None = None
+    """The architecture of the boxes, where it is known."""
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    """What answers to cloche and must not to a box: ``kubernetes-api`` → ``10.0.0.1:443``. Numeric, not loopback."""
 
 
 class Box(Protocol):
@@ -145,8 +164,18 @@ class Backend(Protocol):
         """
         ...
 
-    async def sweep(self) -> Sequence[Leftover]:
-        """Remove what the dead left; never a living run."""
+    async def sweep(self, *, dry_run: bool = False) -> Sequence[Leftover]:
+        """Remove what the dead left; never a living run. ``dry_run``: only say what would be removed, and change nothing."""
+        ...
+
+    async def examine(self) -> Examination:
+        """Look at each step of the way to a box, and say how it is. Raises nothing."""
+        ...
+
+    async def remains(self, run_ids: Collection[str]) -> Sequence[str] | None:
+        """What is still there of these runs, whose boxes were removed, in words; what the engine is just removing is waited for.
+        None: it cannot be told. Raises nothing.
+        """
         ...
 
     async def aclose(self) -> None:

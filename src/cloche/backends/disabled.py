@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import NoReturn
 
-from cloche.backends.contract import Box, Capabilities, Leftover, Profile
+from cloche.backends.contract import Box, Capabilities, Examination, Leftover, Profile
 from cloche.errors import SandboxDisabled
 from cloche.isolation import Isolation, Posture
 from cloche.settings import Mode, Settings
@@ -53,7 +53,15 @@ class DisabledBackend:
         del profile
         refuse()
 
-    async def sweep(self) -> Sequence[Leftover]:
+    async def sweep(self, *, dry_run: bool = False) -> Sequence[Leftover]:  # noqa: ARG002 (the contract has it)
+        """Nothing is ever left."""
+        return ()
+
+    async def examine(self) -> Examination:
+        """There is nothing to look at."""
+        return Examination()
+
+    async def remains(self, run_ids: Collection[str]) -> Sequence[str]:  # noqa: ARG002 (the contract has it)
         """Nothing is ever left."""
         return ()
 

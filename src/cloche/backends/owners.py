@@ -166,8 +166,10 @@ class Dead:
     left: bool = False
 
 
-def dead(folder: Path) -> Iterator[Dead]:
-    """Each dead owner; its file goes after the caller has dealt with it, unless something is left for the next sweep."""
+def dead(folder: Path, *, look_only: bool = False) -> Iterator[Dead]:
+    """Each dead owner; its file goes after the caller has dealt with it, unless something is left for the next sweep, or
+    ``look_only`` says that nothing may change.
+    """
     for path in [*folder.glob("*.owner"), *folder.glob("*.new")]:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -186,6 +188,8 @@ def dead(folder: Path) -> Iterator[Dead]:
             found_s = now - float(marks[0].removeprefix(_FOUND)) if marks else 0.0
             found = Dead(path.stem, folders, notes, now - os.fstat(fd).st_mtime, found_s)
             yield found
+            if look_only:
+                continue
             if not found.left:
                 path.unlink(missing_ok=True)
             elif not marks:

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from cloche.backends import TABLE
 from cloche.cli.run import Options, execute
+from cloche.settings import Mode
+from cloche.isolation import Isolation
 
 
 def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:  # noqa: FBT001 (click's signature)
@@ -46,7 +47,7 @@ def cloche() -> None:
 )
 @click.argument("script")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARG...]")
-@click.option("--mode", metavar="MODE", help=f"{' or '.join(TABLE)}.  [CLOCHE_MODE]")
+@click.option("--mode", metavar="MODE", help=f"{' or '.join(Mode)}.  [CLOCHE_MODE]")
 @click.option("--workspace", metavar="DIR", help="Deliver this folder; SCRIPT is then a path inside it.")
 @click.option("--interpreter", metavar="NAME", help="Program that runs the script. Else its suffix chooses.")
 @click.option("--timeout", metavar="S", help="Seconds the script may run; also 90s, 2m.  [CLOCHE_TIMEOUT]")
@@ -72,9 +73,26 @@ def run(**options: Any) -> int:
     return execute(Options(**options))
 
 
+@cloche.command(
+    "sweep",
+    epilog="Exit status: 0 nothing is left; 1 something could not be removed; 125 the engine cannot be used; 2 wrong usage.",
+)
+@click.option("--mode", metavar="MODE", help=f"{' or '.join(Mode)}.  [CLOCHE_MODE]")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def sweep(*, mode: str | None, dry_run: bool, as_json: bool) -> int:
+    """Remove what dead processes left on an engine.
+
+    Nothing that may be of a living run is touched: only what has expired, or whose owner is known to be dead.
+    """
+    from cloche.cli.sweep import execute
+
+    return execute(mode, dry_run=dry_run, as_json=as_json)
+
+
 @cloche.command("serve")
 @click.option("--address", metavar="HOST:PORT", help="Where to listen.  [CLOCHE_SERVE_ADDRESS, 127.0.0.1:8080]")
-@click.option("--mode", metavar="MODE", help=f"{' or '.join(TABLE)}.  [CLOCHE_MODE]")
+@click.option("--mode", metavar="MODE", help=f"{' or '.join(Mode)}.  [CLOCHE_MODE]")
 def serve(**options: str | None) -> int:
     """Run scripts for others, over HTTP.
 
@@ -83,3 +101,30 @@ def serve(**options: str | None) -> int:
     from cloche.cli.serve import execute
 
     return execute(options["address"], options["mode"])
+
+
+@cloche.command(
+    "doctor",
+    epilog="Exit status: 0 everything that a run counts on is in force, and the level is the required one; 1 it is not; "
+    "125 nothing could be looked at; 2 wrong usage.",
+)
+@click.option("--mode", metavar="MODE", help=f"{' or '.join(Mode)}.  [CLOCHE_MODE]")
+@click.option("--all", "every", is_flag=True, help="Look at every mode that can be used here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object (with --all a list of them) instead.")
+@click.option(
+    "--require",
+    metavar="LEVEL",
+    type=click.Choice([str(level) for level in Isolation]),
+    help="none, process, namespace, container or kernel.  [CLOCHE_MIN_ISOLATION]",
+)
+def doctor(*, mode: str | None, every: bool, as_json: bool, require: str | None) -> int:
+    """Prove the isolation of the boxes.
+
+    Looks at each step of the way to a box, then runs harmless probes inside of real ones: for each guarantee, whether it is in
+    force, how that is known, and what to do. It takes some seconds.
+    """
+    from cloche.cli.doctor import execute
+
+    if every and mode is not None:
+        raise click.UsageError("--all and --mode exclude each other")
+    return execute(mode, every=every, as_json=as_json, require=require)

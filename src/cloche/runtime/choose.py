@@ -1,17 +1,21 @@
-"""Which backend runs the scripts: the one of the settings, or ``local`` in its place."""
+"""Which backend runs the scripts: the one of the settings, the one that ``auto`` finds, or ``local`` in its place."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TypeAlias
 
 import anyio
 
-from cloche.backends import BackendFactory
+from cloche.backends import TABLE, BackendFactory
 from cloche.backends.contract import Backend, Capabilities
 from cloche.errors import BackendUnavailable, ClocheError, IsolationUnavailable
-from cloche.isolation import Isolation, Posture
+from cloche.isolation import Isolation, Posture, State
+from cloche.runtime.auto import candidates
+from cloche.runtime.service import Service
 from cloche.settings import Mode, Settings
 
 CLOSE_S = 5.0
@@ -19,29 +23,52 @@ CLOSE_S = 5.0
 LOOK_S = 30.0
 """How long an engine that is asked anew may take. A backend bounds each of its requests; this is for all of them."""
 
+Factory: TypeAlias = BackendFactory | Callable[[Settings, str], Service]
+"""Makes a backend, or what stands in the place of one."""
+
 _log = logging.getLogger("cloche.runtime")
+
+
+def _remote(settings: Settings, owner: str) -> Service:
+    from cloche.runtime.remote.service import RemoteService
+
+    return RemoteService(settings, owner)
+
+
+MODES: Mapping[str, Factory] = MappingProxyType({**TABLE, Mode.REMOTE: _remote})
+"""The modes of this version; ``auto`` is none, but chooses one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """The backend in use, what it gives here, and whose place it takes."""
 
-    backend: Backend
+    backend: Backend | Service
     capabilities: Capabilities
     posture: Posture
-    factory: BackendFactory
-    """Makes another backend like this one."""
+    factory: Factory
+    """Makes another one like it."""
     fallback_from: str | None = None
+    choice: str = ""
+    """How ``auto`` came to it, in words; empty where the settings name it."""
+
+    @property
+    def in_force(self) -> tuple[str, ...]:
+        """The names of the guarantees that hold."""
+        return tuple(each.name for each in self.posture.guarantees if each.state is State.IN_FORCE)
 
 
-async def choose(settings: Settings, owner: str, table: Mapping[str, BackendFactory]) -> Chosen:
+async def choose(settings: Settings, owner: str, table: Mapping[str, Factory]) -> Chosen:
     """Probe the chosen mode's backend; where it is unavailable, take ``local``, as far as the settings allow it.
+    With ``auto`` take the first one that can be used.
 
     Raises:
         BackendUnavailable: the mode's engine cannot be used, and nothing may take its place.
         IsolationUnavailable: what could take its place is below the isolation floor.
     """
     mode = settings.mode
+    if mode is Mode.AUTO:
+        return await _first(settings, owner, table)
     if mode not in table:
         raise BackendUnavailable(
             f"This version of cloche has no mode {mode}.",
@@ -65,7 +92,7 @@ async def look_again(settings: Settings, owner: str, chosen: Chosen) -> Posture:
             again = await _probe(settings, owner, chosen.factory)
     except TimeoutError:
         return _unavailable(mode, f"it gave no answer within {LOOK_S:g} s")
-    except Exception as exc:  # (an engine may fail in any way)
+    except Exception as exc:  # noqa: BLE001 (an engine may fail in any way)
         _log.exception("the engine of the mode %s cannot be looked at", mode)
         return _unavailable(mode, repr(exc))
     await let_go(again.backend)
@@ -73,12 +100,10 @@ async def look_again(settings: Settings, owner: str, chosen: Chosen) -> Posture:
 
 
 def _unavailable(mode: str, reason: str) -> Posture:
-    return Posture(
-        mode, available=False, isolation=Isolation.NONE, reason=reason, hint=BackendUnavailable.default_hint
-    )
+    return Posture(mode, available=False, isolation=Isolation.NONE, reason=reason, hint=BackendUnavailable.default_hint)
 
 
-async def tend(backend: Backend) -> None:
+async def tend(backend: Backend | Service) -> None:
     """Have a backend look after its engine. What goes wrong is logged: a run that needs it fails with it."""
     try:
         await backend.tend()
@@ -90,7 +115,7 @@ async def tend(backend: Backend) -> None:
         )
 
 
-async def let_go(backend: Backend) -> None:
+async def let_go(backend: Backend | Service) -> None:
     """Close a backend that makes no more boxes. What goes wrong is logged."""
     with anyio.move_on_after(CLOSE_S, shield=True):
         try:
@@ -99,9 +124,33 @@ async def let_go(backend: Backend) -> None:
             _log.exception("the backend of the mode %s could not be closed", backend.capabilities().mode)
 
 
-async def _in_its_place(
-    settings: Settings, owner: str, table: Mapping[str, BackendFactory], posture: Posture
-) -> Chosen:
+async def _first(settings: Settings, owner: str, table: Mapping[str, Factory]) -> Chosen:
+    """The first of the modes that ``auto`` knows that can be used and gives enough isolation."""
+    floor = settings.min_isolation
+    others: list[str] = []
+    for candidate in candidates(settings):
+        mode = candidate.mode
+        if mode not in table:
+            continue
+        why_not = candidate.why_not
+        if not why_not:
+            found = await _probe(settings, owner, table[mode])
+            posture = found.posture
+            if posture.available and posture.isolation >= floor:
+                no_others = f" (not {'; not '.join(others)})" if others else ""
+                choice = f"auto: {mode}, because {candidate.why}{no_others}"
+                _log.info("%s", choice)
+                return replace(found, choice=choice)
+            await let_go(found.backend)
+            why_not = _below(posture, floor) if posture.available else posture.reason
+        others.append(f"{mode}: {why_not.rstrip('. ')}")
+    raise BackendUnavailable(
+        f"The mode auto finds nothing to run scripts with. {'; '.join(others)}.",
+        hint="Repair one of these, or name a mode with CLOCHE_MODE to hear what it needs.",
+    )
+
+
+async def _in_its_place(settings: Settings, owner: str, table: Mapping[str, Factory], posture: Posture) -> Chosen:
     mode = settings.mode
     reason = f"The mode {mode} is unavailable: {_sentence(posture.reason)}"
     if not settings.fallback or mode is Mode.LOCAL or Mode.LOCAL not in table:
@@ -129,11 +178,12 @@ def check_floor(posture: Posture, floor: Isolation) -> None:
         raise IsolationUnavailable(_below(posture, floor), hint=posture.hint or None)
 
 
-async def _probe(settings: Settings, owner: str, factory: BackendFactory) -> Chosen:
+async def _probe(settings: Settings, owner: str, factory: Factory) -> Chosen:
     backend = factory(settings, owner)
     try:
         posture = await backend.probe()
-        return Chosen(backend, backend.capabilities(), posture, factory)
+        instead_of = backend.fallback_from if isinstance(backend, Service) else None
+        return Chosen(backend, backend.capabilities(), posture, factory, instead_of)
     except BaseException:  # cancelled: what the backend already holds must not stay
         await let_go(backend)
         raise

@@ -47,10 +47,10 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A bundle, and the program that the box must have for it."""
+    """A bundle, and the program that the box must have for it. None: what is to run comes with it."""
 
     bundle: Bundle
-    interpreter: str
+    interpreter: str | None
 
 
 def deliver(spec: Spec, limits: Limits, bounds: Bounds) -> Delivery:

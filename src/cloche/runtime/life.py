@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 import anyio
 import anyio.to_thread
 
-from cloche.backends.contract import Box, Fate, FateKind, Profile
+from cloche.backends.contract import Backend, Box, Fate, FateKind, Profile
 from cloche.errors import (
     BackendUnavailable,
     EngineLost,
@@ -27,15 +26,16 @@ from cloche.errors import (
     StartTimeout,
     Unschedulable,
 )
-from cloche.events import Event, Finished, Outcome, Started
+from cloche.events import Finished, Outcome, Started
 from cloche.runtime.admission import Admission
 from cloche.runtime.assemble import Assembler, unexplained
 from cloche.runtime.choose import Chosen
+from cloche.runtime.course import Course
 from cloche.runtime.deadline import Deadline
 from cloche.runtime.delivery import Bounds, Delivery, deliver
 from cloche.runtime.reading import Reading
 from cloche.settings import Settings, resolve
-from cloche.spec import Spec
+from cloche.spec import Limits, Spec
 from cloche.supervisor.bundle import Bundle
 from cloche.supervisor.frames import Start
 
@@ -73,26 +73,41 @@ class House:
     counters: Counters = field(default_factory=Counters)
 
 
-class Run:
-    """One run. ``events`` gives what happens, then ends; when it ended without ``Finished``, ``error`` says why."""
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a run of cloche's own brings: a bundle that holds the program too, and limits that no settings know."""
 
-    def __init__(self, house: House, spec: Spec, run_id: str, *, wait_cleanup: bool) -> None:
-        self.run_id = run_id
-        self.error: Exception | None = None
-        self.settled = False
-        """Whether the result, or the error, is known and handed out."""
-        self.gone = anyio.Event()
-        """Set when the box is removed and the place is free."""
+    bundle: Bundle
+    limits: Limits
+    sockets: bool = False
+    """As in a box's profile."""
+
+
+class Run(Course):
+    """One run in a box of a backend's. ``ready`` is what it delivers, where that is not to be read from files."""
+
+    def __init__(
+        self,
+        house: House,
+        backend: Backend,
+        spec: Spec,
+        run_id: str,
+        *,
+        wait_cleanup: bool,
+        ready: Ready | None = None,
+    ) -> None:
+        super().__init__(run_id)
         self._house = house
+        self._backend = backend
         self._spec = spec
         self._wait_cleanup = wait_cleanup
-        self._limits = resolve(spec, house.settings)
+        self._ready = ready
+        self._limits = resolve(spec, house.settings) if ready is None else ready.limits
         chosen = house.chosen
-        self._started = Started(run_id, chosen.posture.mode, chosen.posture.isolation, chosen.fallback_from)
+        posture = chosen.posture
+        self._started = Started(run_id, posture.mode, posture.isolation, chosen.fallback_from, chosen.in_force)
         self._assembler = Assembler(self._limits, self._started)
         self._deadline = Deadline(self._limits, math.inf, 0.0)
-        # Never full: the assembler bounds what a run can send, and a caller who is slow must not stop the clock.
-        self._send, self._receive = anyio.create_memory_object_stream[Event](math.inf)
         self._life = anyio.CancelScope()
         self._talk: anyio.CancelScope | None = None
         self._box: Box | None = None
@@ -102,14 +117,6 @@ class Run:
         self._unexplained = False
         self._feed_error: Exception | None = None
         self._ending: Finished | Exception | None = None
-        self._begun = self._mark = time.perf_counter()
-        self._timings: dict[str, float | None] = {}
-
-    async def events(self) -> AsyncGenerator[Event, None]:
-        """What happens, until the run is settled."""
-        with self._receive:
-            async for event in self._receive:
-                yield event
 
     async def drive(self) -> None:
         """The whole run. Raises nothing of its own: what goes wrong is handed to the listener."""
@@ -170,11 +177,14 @@ class Run:
                 bundle_bytes=delivery.bundle.payload_bytes,
                 delivery_bytes=delivery.bundle.delivery_bytes,
                 interpreter=delivery.interpreter,
+                sockets=self._ready is not None and self._ready.sockets,
             ),
             delivery.bundle,
         )
 
     async def _deliver(self) -> Delivery:
+        if self._ready is not None:
+            return Delivery(self._ready.bundle, None)
         settings, capabilities = self._house.settings, self._house.chosen.capabilities
         workspace_bytes = settings.workspace_bytes(capabilities.mode)
         if capabilities.max_bundle_bytes is not None:
@@ -188,7 +198,7 @@ class Run:
     async def _in_box(self, profile: Profile, bundle: Bundle) -> None:
         remove_by = math.inf
         try:
-            async with self._house.chosen.backend.open(profile) as self._box:
+            async with self._backend.open(profile) as self._box:
                 self._life.deadline = math.inf
                 try:
                     self._ending = await self._converse(self._box, bundle)
@@ -384,31 +394,6 @@ class Run:
         return StartTimeout(
             f"The box was not ready within {self._house.settings.start_timeout:g} s.",
         )
-
-    def _settle(self, ending: Finished | Exception) -> None:
-        """Hand out the result or the error, once."""
-        if self.settled:
-            return
-        self.settled = True
-        said = ending.outcome if isinstance(ending, Finished) else repr(ending)
-        _log.debug("run %s: %s, %s", self.run_id, said, self._timings)
-        if isinstance(ending, Finished):
-            self._timings["total"] = round((time.perf_counter() - self._begun) * 1000, 3)
-            self._emit(replace(ending, timings_ms=self._timings.copy()))
-        else:
-            self.error = ending
-        self._send.close()
-
-    def _emit(self, event: Event) -> None:
-        try:
-            self._send.send_nowait(event)
-        except anyio.BrokenResourceError:
-            _log.debug("nobody listens to run %s any more", self.run_id)
-
-    def _lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self._timings[phase] = round((now - self._mark) * 1000, 3)
-        self._mark = now
 
 
 def _says(fate: Fate) -> str:

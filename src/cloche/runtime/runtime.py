@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import re
 import secrets
-import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 import anyio
 from anyio.abc import TaskGroup
 
-from cloche.backends import TABLE, BackendFactory
 from cloche.errors import InvalidSpec, SandboxDisabled
 from cloche.events import Event, Finished
-from cloche.isolation import Posture
+from cloche.isolation import Check, Posture
 from cloche.result import Fold, Result
 from cloche.runtime.admission import Admission, Load
-from cloche.runtime.choose import check_floor, choose, let_go, look_again, tend
-from cloche.runtime.life import Counters, House, Run
+from cloche.runtime.choose import MODES, Factory, check_floor, choose, let_go, look_again, tend
+from cloche.runtime.course import Course
+from cloche.runtime.life import Counters, House, Ready, Run
+from cloche.runtime.names import new_run_id
+from cloche.runtime.prove.prover import Prover
+from cloche.runtime.service import Service
 from cloche.runtime.sweep import keep_sweeping
 from cloche.settings import Settings
 from cloche.spec import Spec
@@ -30,12 +33,9 @@ KILL_WAIT_S = 10.0
 SWEEP_WAIT_S = 2.0
 """How long closing waits for the sweep: processes that live for one run must get to it too."""
 
+OWN = Spec(name="cloche-prober", content="")
+"""What stands for a run of cloche's own; it delivers something else."""
 _RUN_ID = re.compile(r"[a-z][a-z0-9-]{0,30}[a-z0-9]")
-
-
-def new_run_id() -> str:
-    """A name for a run: unique, sorted by time, and fit for a label, a file and an address."""
-    return f"r{int(time.time() * 1000):011x}{secrets.token_hex(6)}"
 
 
 def _new_owner() -> str:
@@ -48,22 +48,24 @@ class Sandbox:
     Use it as an async context: entering probes the engine (and falls back to ``local`` where that is allowed), leaving
     waits until every box is removed. One sandbox serves many runs at a time.
 
-    ``backends`` replaces the table of modes, for engines that are not part of cloche and for tests.
+    ``backends`` replaces the table of modes, for engines that are not part of cloche and for tests. The mode ``auto`` is in
+    no table: it takes the first that can be used of kubernetes, opensandbox, docker and local.
 
     Raises (on entering):
         BackendUnavailable, IsolationUnavailable: no engine can be used as the settings want it.
     """
 
-    def __init__(self, settings: Settings | None = None, *, backends: Mapping[str, BackendFactory] = TABLE) -> None:
+    def __init__(self, settings: Settings | None = None, *, backends: Mapping[str, Factory] = MODES) -> None:
         self.settings: Settings = Settings() if settings is None else settings
         self.owner: str = _new_owner()
         """Stands on every box that this sandbox makes."""
         self._table = backends
         self._house: House | None = None
         self._group: TaskGroup | None = None
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, Course] = {}
         self._swept: anyio.Event | None = None
         self._sweeping: anyio.CancelScope | None = None
+        self._proving = anyio.Lock()
         self._looking = anyio.Lock()
         self._looks = 0
         self._last_look: Posture | None = None
@@ -116,6 +118,11 @@ class Sandbox:
         return None if self._house is None else self._house.chosen.fallback_from
 
     @property
+    def choice(self) -> str:
+        """How the mode ``auto`` came to the mode in use, in words; empty where the settings name it."""
+        return "" if self._house is None else self._house.chosen.choice
+
+    @property
     def counters(self) -> Counters:
         """What went wrong in the background: removals and sweeps."""
         return self._opened()[0].counters
@@ -130,9 +137,30 @@ class Sandbox:
         """Whether scripts are run at all: not in the mode ``disabled``."""
         return self._opened()[0].chosen.capabilities.runs
 
-    async def posture(self) -> Posture:
-        """What isolation is in force, as it was found on entering."""
+    async def posture(self, *, prove: bool = False) -> Posture:
+        """What isolation is in force, as it was found on entering.
+
+        With ``prove`` a script looks from inside of a box, at all that could be missing, and reaches the bounds of some more
+        boxes; that takes some seconds. What it finds holds for all runs that begin after that: one that would get less than it
+        must have is refused.
+
+        Raises:
+            ClocheError: no box could be looked at from inside.
+        """
+        house, _ = self._opened()
+        if prove and house.chosen.capabilities.runs and not isinstance(house.chosen.backend, Service):
+            async with self._proving:
+                proved = await Prover(house, house.chosen.backend, self._run_ready).prove()
+                self._house = replace(house, chosen=replace(house.chosen, posture=proved))
         return self._opened()[0].chosen.posture
+
+    async def examine(self) -> tuple[Check, ...]:
+        """Each step of the way to a box, how it is, and what to do about it. Empty where a service looks after its engine itself.
+
+        Raises nothing.
+        """
+        backend = self._opened()[0].chosen.backend
+        return () if isinstance(backend, Service) else (await backend.examine()).checks
 
     async def probe(self) -> Posture:
         """What the engine offers now: asks it anew, for those who want to know whether the next run will find it.
@@ -170,7 +198,8 @@ class Sandbox:
         if self._house is None:
             return Fold(run_id, self.mode)
         chosen = self._house.chosen
-        return Fold(run_id, chosen.posture.mode, chosen.posture.isolation, chosen.fallback_from)
+        posture = chosen.posture
+        return Fold(run_id, posture.mode, posture.isolation, chosen.fallback_from, chosen.in_force)
 
     async def stream(
         self, spec: Spec, *, run_id: str | None = None, wait_cleanup: bool = False
@@ -183,6 +212,13 @@ class Sandbox:
             ClocheError: the run could not happen, or how it ended is not known.
         """
         run = self._begin(spec, new_run_id() if run_id is None else run_id, wait_cleanup=wait_cleanup)
+        async with aclosing(self._follow(run)) as events:
+            async for event in events:
+                yield event
+
+    @staticmethod
+    async def _follow(run: Course) -> AsyncGenerator[Event, None]:
+        """Its events. Who stops listening kills it."""
         try:
             async with aclosing(run.events()) as events:
                 async for event in events:
@@ -228,7 +264,7 @@ class Sandbox:
         if self._sweeping is not None:
             self._sweeping.cancel()
 
-    def _begin(self, spec: Spec, run_id: str, *, wait_cleanup: bool) -> Run:
+    def _begin(self, spec: Spec, run_id: str, *, wait_cleanup: bool) -> Course:
         house, group = self._opened()
         if self._closed:
             raise RuntimeError("the sandbox is closed")
@@ -240,11 +276,38 @@ class Sandbox:
                 hint="Use 2 to 32 small letters, digits and '-', a letter first, and each id once.",
             )
         check_floor(house.chosen.posture, spec.min_isolation or self.settings.min_isolation)
-        run = self._runs[run_id] = Run(house, spec, run_id, wait_cleanup=wait_cleanup)
-        group.start_soon(self._drive, run, name=f"cloche run {run_id}")
+        backend = house.chosen.backend
+        run: Course
+        if isinstance(backend, Service):
+            run = backend.course(spec, run_id, house.admission)
+        else:
+            run = Run(house, backend, spec, run_id, wait_cleanup=wait_cleanup)
+        return self._start(run, group)
+
+    def _start(self, run: Course, group: TaskGroup) -> Course:
+        self._runs[run.run_id] = run
+        group.start_soon(self._drive, run, name=f"cloche run {run.run_id}")
         return run
 
-    async def _drive(self, run: Run) -> None:
+    async def _run_ready(self, ready: Ready, run_id: str) -> Result:
+        """A run of cloche's own, in a box as every run has one, and removed with it. No floor is asked for: it is what shows
+        whether one is reached.
+
+        Raises:
+            ClocheError: it could not happen, or how it ended is not known.
+        """
+        house, group = self._opened()
+        backend = house.chosen.backend
+        if self._closed or isinstance(backend, Service):
+            raise RuntimeError("the sandbox is closed, or has no backend")
+        run = self._start(Run(house, backend, OWN, run_id, wait_cleanup=True, ready=ready), group)
+        fold = self.fold(run_id)
+        async with aclosing(self._follow(run)) as events:
+            async for event in events:
+                fold.add(event)
+        return fold.result()
+
+    async def _drive(self, run: Course) -> None:
         try:
             await run.drive()
         finally:

@@ -43,6 +43,7 @@ def configure(settings: Settings) -> None:
     root.handlers = [handler]
     root.setLevel("WARNING")
     logging.getLogger("cloche").setLevel(level)
+    logging.captureWarnings(True)  # noqa: FBT003 (logging's own signature)
     # Requests are logged by the service itself, with more.
     logging.getLogger("uvicorn.access").disabled = True
     logging.getLogger("uvicorn.error").setLevel("WARNING")

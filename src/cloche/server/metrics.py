@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -16,6 +16,17 @@ MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """The text format that every Prometheus reads."""
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 """From a place that is free at once to a script that runs for minutes."""
+
+
+def _installed() -> str:
+    try:
+        return version("cloche")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+VERSION = _installed()
+"""Read once: it stands in a file."""
 
 
 class _State(Collector):
@@ -47,6 +58,7 @@ class Metrics:
     """The counters of one service, in a registry of its own."""
 
     def __init__(self, sandbox: Sandbox) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series for each of ours, of which nothing is made
         self._registry = CollectorRegistry()
         self._mode = sandbox.mode
         self._registry.register(_State(sandbox))
@@ -75,11 +87,7 @@ class Metrics:
             ["code"],
             registry=self._registry,
         )
-        try:
-            installed = version("cloche")
-        except PackageNotFoundError:
-            installed = "unknown"
-        Info("cloche", "What runs here.", registry=self._registry).info({"version": installed, "mode": self._mode})
+        Info("cloche", "What runs here.", registry=self._registry).info({"version": VERSION, "mode": self._mode})
 
     def ended(self, result: Result) -> None:
         """Count a run."""

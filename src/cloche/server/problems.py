@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
@@ -100,6 +100,12 @@ class HttpProblem(Exception):
         self.hint = hint
         self.retry_after_s = retry_after_s
         self.run_id = run_id
+        self.headers: Mapping[str, str] = {}
+
+    def with_headers(self, **headers: str) -> Self:
+        """This one, with more in its answer."""
+        self.headers = headers
+        return self
 
 
 def status_of(error: ClocheError) -> int:
@@ -135,7 +141,7 @@ def describe(error: Exception, request_id: str, run_id: str | None = None) -> Pr
 def answer(error: Exception, request_id: str, run_id: str | None = None) -> Response:
     """The HTTP answer for an error."""
     problem = describe(error, request_id, run_id)
-    headers: dict[str, str] = {}
+    headers = dict(error.headers) if isinstance(error, HttpProblem) else {}
     if isinstance(error, HttpProblem) and error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
     elif problem.retryable and problem.status in {429, 503}:

@@ -18,13 +18,12 @@ from cloche.runtime import Sandbox
 from cloche.server import logs
 from cloche.server.app import open_service
 from cloche.server.auth import Doorkeeper, doorkeeper
+from cloche.server.connections import IDLE_S, Connection
 from cloche.server.runs import Runs
 from cloche.settings import Settings, split_address
 
 BACKLOG = 1024
 """Connections that wait to be accepted."""
-KEEP_ALIVE_S = 75
-"""For an idle connection: longer than proxies keep theirs, so that it is they who close one."""
 LAST_WORDS_S = 5
 """For answers to reach their clients once all runs are over."""
 
@@ -59,17 +58,7 @@ class _Process:
         self._runs = runs
         self._listener = listener
         self._drain_s = drain_s
-        self._server = _Server(
-            uvicorn.Config(
-                app,
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=LAST_WORDS_S,
-            )
-        )
+        self._server = make_server(app)
 
     async def run(self, sandbox: Sandbox, door: Doorkeeper) -> None:
         """Serve until a signal comes."""
@@ -102,6 +91,24 @@ class _Process:
     async def _hurry(self, signals: object) -> None:
         async for _ in signals:  # type: ignore[attr-defined]
             self._runs.kill_all()
+
+
+def make_server(app: FastAPI) -> uvicorn.Server:
+    """uvicorn for the application, as the service has it."""
+    return _Server(
+        uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            proxy_headers=False,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=IDLE_S,
+            timeout_graceful_shutdown=LAST_WORDS_S,
+        )
+    )
 
 
 class _Server(uvicorn.Server):

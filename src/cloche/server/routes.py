@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote_to_bytes
 
 import anyio
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.responses import Response
 
 from cloche.errors import BackendUnavailable, ClocheError, IsolationUnavailable
 from cloche.isolation import Posture
+from cloche.result import ArtifactInfo
 from cloche.runtime import Sandbox
 from cloche.server import metrics as measured
 from cloche.server import schema, stream
@@ -24,11 +27,22 @@ from cloche.server.problems import HttpProblem
 from cloche.server.runs import Runs, ServiceRun
 from cloche.server.uploads import Uploads
 
+BODY_S = 300.0
+"""For a request to arrive."""
 RUN_ID = r"^[a-z][a-z0-9-]{0,30}[a-z0-9]$"
 PROBE_S = 10.0
 """How old an answer on readiness may be."""
 PROBE_WITHIN_S = 5.0
 """How long an engine may take to answer whether it is there."""
+
+
+class _AnyPath(PathConvertor):
+    """A path with whatever is in it. Starlette's own ends at a line feed, which a file's name may have."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("any", _AnyPath())
 
 
 @dataclass(slots=True)
@@ -41,6 +55,7 @@ class Service:
     doorkeeper: Doorkeeper
     metrics: Metrics
     readiness: Readiness
+    body_s: float = BODY_S
 
 
 class Readiness:
@@ -81,14 +96,18 @@ class Readiness:
         )
 
 
-def _service(request: Request) -> Service:
+# Both are coroutines though they wait for nothing: FastAPI would run plain functions in threads, which uploads may have taken.
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-def _caller(request: Request) -> Caller:
+Shared = Annotated[Service, Depends(_service)]
+
+
+async def _caller(request: Request, service: Shared) -> Caller:
     """Raises: HttpProblem: nobody that is known."""
-    caller = _service(request).doorkeeper.who(request.headers.get("authorization"))
+    caller = service.doorkeeper.who(request.headers.get("authorization"))
     if caller is None:
         raise HttpProblem(
             401,
@@ -100,7 +119,6 @@ def _caller(request: Request) -> Caller:
     return caller
 
 
-Shared = Annotated[Service, Depends(_service)]
 Known = Annotated[Caller, Depends(_caller)]
 RunId = Annotated[str, Path(description="The run's id.", max_length=64)]
 
@@ -112,7 +130,7 @@ def routes() -> APIRouter:
     add("/v1/runs", start_run, methods=["POST"], **schema.START)
     add("/v1/runs/{run_id}", get_run, methods=["GET"], **schema.GET)
     add("/v1/runs/{run_id}", end_run, methods=["DELETE"], **schema.END)
-    add("/v1/runs/{run_id}/artifacts/{path:path}", get_artifact, methods=["GET"], **schema.ARTIFACT)
+    add("/v1/runs/{run_id}/artifacts/{path:any}", get_artifact, methods=["GET"], **schema.ARTIFACT)
     add("/v1/posture", get_posture, methods=["GET"], **schema.POSTURE)
     add("/healthz", get_health, methods=["GET"], **schema.HEALTH)
     add("/readyz", get_readiness, methods=["GET"], **schema.READINESS)
@@ -136,13 +154,14 @@ async def start_run(
     with service.runs.place(caller):
         job = await service.uploads.read(request)
         try:
-            run = service.runs.start(job, caller, run_id, listened=live)
+            run = service.runs.start(job, caller, run_id)
         except BaseException:
             await job.aclose()
             raise
     request.state.run_id = run.run_id
     if live:
-        return stream.EventStream(run, request.state.request_id, lambda: service.runs.kill(run))
+        events = service.runs.listen(run)
+        return stream.EventStream(run, events, request.state.request_id, lambda: service.runs.leave(run))
     if detached:
         headers = {"Location": f"/v1/runs/{run.run_id}", "Preference-Applied": "respond-async"}
         return JSONResponse(_state(run), 202, headers)
@@ -178,12 +197,15 @@ async def end_run(
 
 
 async def get_artifact(
-    service: Shared, caller: Known, run_id: RunId, path: Annotated[str, Path(description="As the result has it.")]
+    request: Request,
+    service: Shared,
+    caller: Known,
+    run_id: RunId,
+    path: Annotated[str, Path(description="As the result has it; or its bytes, percent-encoded.")],
 ) -> Response:
     """A file that the script left in /output."""
     run = service.runs.find(run_id, caller)
-    artifacts = () if run.result is None else run.result.artifacts
-    found = next((artifact for artifact in artifacts if _same(artifact.path, path)), None)
+    found = _find(() if run.result is None else run.result.artifacts, path, request.scope["raw_path"])
     if found is None:
         raise HttpProblem(404, "not-found", f"The run {run.run_id} has no artifact {path[:200]!r}.", run_id=run.run_id)
     name = quote(_text(found.path).rpartition("/")[2], safe="")
@@ -268,6 +290,11 @@ def _text(path: str) -> str:
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _same(path: str, asked: str) -> bool:
-    """As it is, or as its JSON form has it."""
-    return asked in {path, _text(path)}
+def _find(artifacts: Sequence[ArtifactInfo], asked: str, raw: bytes) -> ArtifactInfo | None:
+    """The artifact of this path, byte for byte; if there is none, the first whose JSON form has it."""
+    exact = os.fsdecode(unquote_to_bytes(raw.partition(b"/artifacts/")[2]))
+    for wanted, form in ((exact, str), (asked, _text)):
+        for artifact in artifacts:
+            if form(artifact.path) == wanted:
+                return artifact
+    return None

@@ -16,6 +16,7 @@ from typing import Self
 import anyio
 import structlog
 from anyio.abc import TaskGroup
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from cloche.errors import ClocheError, TooManyRuns
 from cloche.events import Event, Finished
@@ -40,18 +41,18 @@ _log = structlog.get_logger("cloche.server")
 class ServiceRun:
     """One run, from its acceptance on."""
 
-    def __init__(self, run_id: str, caller: Caller, mode: str) -> None:
+    def __init__(self, run_id: str, caller: Caller) -> None:
         self.run_id = run_id
         self.caller = caller
-        self.mode = mode
         self.result: Result | None = None
         """How it ended; with the outcome ``failed`` where it could not happen."""
         self.error: Exception | None = None
         """Why it could not."""
         self.over = anyio.Event()
         """Set when the result or the error is known."""
-        self._send, self._receive = anyio.create_memory_object_stream[Event](math.inf)
-        self._heard = False
+        self.claims = 1
+        """Who still needs its place: the run itself, and whoever reads its events and may be slow about it."""
+        self._listener: MemoryObjectSendStream[Event] | None = None
 
     @property
     def size(self) -> int:
@@ -61,26 +62,26 @@ class ServiceRun:
         files = sum(len(artifact.data) for artifact in self.result.artifacts)
         return RECORD_BYTES + 2 * (len(self.result.stdout_raw) + len(self.result.stderr_raw)) + files
 
-    def listen(self) -> None:
-        """Have the events kept for :meth:`events`. To be said before the run begins."""
-        self._heard = True
+    def listen(self) -> MemoryObjectReceiveStream[Event]:
+        """What happens, until the run is over. To be asked for before it begins.
+
+        Not bounded here: the runtime bounds what a run may send.
+        """
+        self._listener, events = anyio.create_memory_object_stream[Event](math.inf)
+        return events
 
     def take(self, event: Event) -> None:
         """Hand on an event, if anybody listens."""
-        if self._heard:
+        if self._listener is not None:
             with suppress(anyio.BrokenResourceError):
-                self._send.send_nowait(event)
+                self._listener.send_nowait(event)
 
     def end(self) -> None:
         """There is nothing more to come."""
-        self._send.close()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None  # what was not read of it is the reader's, and goes with him
         self.over.set()
-
-    async def events(self) -> AsyncIterator[Event]:
-        """What happens, until the run is over. Not bounded here: the runtime bounds what a run may send."""
-        with self._receive:
-            async for event in self._receive:
-                yield event
 
 
 class Runs:
@@ -122,10 +123,7 @@ class Runs:
             TooManyRuns: it has as many as it takes, or the caller has.
         """
         settings = self.sandbox.settings
-        if self.draining:
-            raise HttpProblem(
-                503, "shutting-down", "The service is about to end.", hint="Ask another one.", retry_after_s=1
-            )
+        self._check_open()
         if self._admitted.total() >= settings.max_concurrent + settings.serve_max_queue:
             raise TooManyRuns(f"As many runs wait as may: {settings.serve_max_queue} (CLOCHE_SERVE_MAX_QUEUE).")
         if caller.limit is not None and self._admitted[caller.name] >= caller.limit:
@@ -136,19 +134,26 @@ class Runs:
         finally:
             self._admitted[caller.name] -= 1
 
+    def _check_open(self) -> None:
+        if self.draining:
+            raise HttpProblem(
+                503, "shutting-down", "The service is about to end.", hint="Ask another one.", retry_after_s=1
+            )
+
     @property
     def retry_after_s(self) -> int:
         """When a place may be free, by how long runs took lately."""
         load = self.sandbox.load
         return max(1, min(MAX_RETRY_AFTER_S, math.ceil(self._run_s * (load.waiting + 1) / load.places)))
 
-    def start(self, job: Job, caller: Caller, run_id: str | None, *, listened: bool) -> ServiceRun:
+    def start(self, job: Job, caller: Caller, run_id: str | None) -> ServiceRun:
         """Begin a run. The job is the run's from here on.
 
         Raises:
-            HttpProblem: the id is in use.
+            HttpProblem: the id is in use, or the service is about to end.
         """
         assert self._group is not None
+        self._check_open()  # it may be, since the request began
         if run_id is not None and (run_id in self._active or run_id in self._ended):
             raise HttpProblem(
                 409,
@@ -157,9 +162,7 @@ class Runs:
                 hint="Use each id once.",
                 run_id=run_id[:64],
             )
-        run = ServiceRun(new_run_id() if run_id is None else run_id, caller, self.sandbox.mode)
-        if listened:
-            run.listen()
+        run = ServiceRun(new_run_id() if run_id is None else run_id, caller)
         self._active[run.run_id] = run
         self._admitted[caller.name] += 1
         self._group.start_soon(self._drive, run, job, name=f"cloche service run {run.run_id}")
@@ -186,13 +189,34 @@ class Runs:
         if self._ended.pop(run.run_id, None) is not None:
             self._kept_bytes -= run.size
 
+    def listen(self, run: ServiceRun) -> MemoryObjectReceiveStream[Event]:
+        """The events of a run that was just started. It keeps its place until :meth:`leave`: they take memory until then."""
+        run.claims += 1
+        return run.listen()
+
+    def leave(self, run: ServiceRun) -> None:
+        """Nobody listens to a run any more. If it still goes on, it is killed."""
+        self.kill(run)
+        self._give_up_claim(run)
+
     async def cancel(self, run: ServiceRun) -> None:
         """Ask a run to end as cancelled."""
-        await self.sandbox.cancel(run.run_id)
+        if self._goes_on(run):
+            await self.sandbox.cancel(run.run_id)
 
     def kill(self, run: ServiceRun) -> None:
         """End a run at once."""
-        self.sandbox.kill(run.run_id)
+        if self._goes_on(run):
+            self.sandbox.kill(run.run_id)
+
+    def _goes_on(self, run: ServiceRun) -> bool:
+        """Whether it does. Its id may be another run's by now, and another caller's."""
+        return self._active.get(run.run_id) is run
+
+    def _give_up_claim(self, run: ServiceRun) -> None:
+        run.claims -= 1
+        if not run.claims:
+            self._admitted[run.caller.name] -= 1
 
     def kill_all(self) -> None:
         """End all runs at once."""
@@ -227,15 +251,18 @@ class Runs:
         except Exception as exc:  # noqa: BLE001 (it is the caller's, whatever it is, and must not end other runs)
             run.error = exc
             if isinstance(exc, ClocheError):
-                run.result = Result.failed(run.run_id, exc, run.mode)
+                run.result = fold.failed(exc)
             else:
                 _log.exception("a run failed in a way that it must not", run_id=run.run_id)
-                run.result = Result.failed(run.run_id, ClocheError("The service failed."), run.mode)
+                run.result = fold.failed(ClocheError("The service failed."))
         finally:
             self._settle(run)
 
     async def _listen(self, run: ServiceRun, job: Job, fold: Fold) -> None:
-        async with aclosing(self.sandbox.stream(job.spec, run_id=run.run_id)) as events:
+        # A caller may ask for more isolation than the service's floor, never for less.
+        floor = self.sandbox.settings.min_isolation
+        spec = job.spec.model_copy(update={"min_isolation": max(job.spec.min_isolation or floor, floor)})
+        async with aclosing(self.sandbox.stream(spec, run_id=run.run_id)) as events:
             async for event in events:
                 fold.add(event)
                 if isinstance(event, Finished):
@@ -245,7 +272,7 @@ class Runs:
 
     def _settle(self, run: ServiceRun) -> None:
         del self._active[run.run_id]
-        self._admitted[run.caller.name] -= 1
+        self._give_up_claim(run)
         if run.result is not None:
             self._metrics.ended(run.result)
             if run.result.outcome != "failed":

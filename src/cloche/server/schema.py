@@ -32,6 +32,7 @@ _STATE: Json = {
 }
 _STATUS: Json = {"type": "object", "required": ["status"], "properties": {"status": {"type": "string"}}}
 _REFUSALS = {
+    400: "The request says in two ways how long it is.",
     401: "No token that is known.",
     403: "Script execution is switched off.",
     404: "There is no such thing.",
@@ -72,7 +73,7 @@ START: Json = {
             {**_json({"$ref": "#/components/schemas/Result"}), stream.MEDIA_TYPE: {"schema": {"type": "string"}}},
         ),
         **_answer(202, "It runs; asked for with `Prefer: respond-async`.", _json(_STATE)),
-        **_refusals(401, 403, 408, 409, 413, 415, 422, 429, 502, 503, 504),
+        **_refusals(400, 401, 403, 408, 409, 413, 415, 422, 429, 502, 503, 504),
     },
     "openapi_extra": {
         "parameters": [
@@ -168,9 +169,11 @@ _POSTURE: Json = {
                     "state": {"enum": ["in-force", "not-in-force", "unknown"]},
                     "evidence": {"type": "string"},
                     "advice": {"type": "string"},
+                    "needed": {"type": "boolean", "description": "Whether a run counts on it."},
                 },
             },
         },
+        "proved": {"type": "boolean", "description": "Whether a script looked from inside of a box."},
         "fallback_from": {"type": ["string", "null"]},
         "runs": {"type": "boolean", "description": "False: script execution is switched off."},
     },

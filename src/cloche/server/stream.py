@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 
 import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from cloche.events import Event
 from cloche.server.problems import describe, dump
 from cloche.server.runs import ServiceRun
 from cloche.wire import event_to_dict
@@ -26,30 +29,35 @@ async def gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """The events of a run. ``abandon`` is called when the client goes before the end."""
+    """The events of a run. ``leave`` is called when nobody listens any more: they are over, or the client is gone."""
 
     media_type = MEDIA_TYPE
 
-    def __init__(self, run: ServiceRun, request_id: str, abandon: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        run: ServiceRun,
+        events: MemoryObjectReceiveStream[Event],
+        request_id: str,
+        leave: Callable[[], None],
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Cloche-Run-Id": run.run_id})
         del self.headers["content-length"]
         self._run = run
+        self._events = events
         self._request_id = request_id
-        self._abandon = abandon
+        self._leave = leave
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 (ASGI's signature)
         """Send it."""
-        finished = False
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._watch, receive, tasks.cancel_scope)
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 await self._send_all(send)
-                finished = True
                 tasks.cancel_scope.cancel()
         finally:
-            if not finished:
-                self._abandon()
+            self._events.close()
+            self._leave()
 
     async def _watch(self, receive: Receive, scope: anyio.CancelScope) -> None:
         await gone(receive)
@@ -65,13 +73,14 @@ class EventStream(Response):
         await put(_KEEP_ALIVE)  # what is in between may wait for the first byte
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_every, KEEP_ALIVE_S, lambda: put(_KEEP_ALIVE))
-            async for data in self._lines():
-                await put(data)
+            async with aclosing(self._lines()) as lines:
+                async for data in lines:
+                    await put(data)
             tasks.cancel_scope.cancel()
         await put(b"", more=False)
 
-    async def _lines(self) -> AsyncIterator[bytes]:
-        async for event in self._run.events():
+    async def _lines(self) -> AsyncGenerator[bytes, None]:
+        async for event in self._events:
             fields = event_to_dict(event)
             yield _message(fields["event"], json.dumps(fields))
         await self._run.over.wait()

@@ -6,42 +6,74 @@ can remove what a killed one left.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from anyio import CancelScope, to_thread
+from anyio import CancelScope, CapacityLimiter, to_thread
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from cloche._kit.archive import ArchiveError, ArchiveTooLarge, unpack
-from cloche.errors import InvalidSpec, WorkspaceTooLarge
+from cloche.errors import InvalidSettings, InvalidSpec, TooManyRuns, WorkspaceTooLarge
 from cloche.runtime.workspace import MAX_ENTRIES
 from cloche.server.problems import HttpProblem
 from cloche.settings import Settings
-from cloche.spec import MAX_STRINGS_BYTES, Spec
+from cloche.spec import MAX_ARGS, MAX_ENV, MAX_STRINGS_BYTES, Spec
 
 PREFIX = "cloche-serve-"
 LOCK = "lock"
 _SLACK = 2**20
 """For the form around a spec."""
+_TRIES = 10
+_AT_A_TIME = 4
+"""Requests of the largest size that are held at a time; or many more that are smaller."""
+_UNPACKED_AT_A_TIME = 4
+"""More would keep the loop from its turn, and fill the disk before it is counted."""
 _MAX_PARTS = 8
+_QUICK_BYTES = 64 * 1024
+"""A spec of this size is read in less time than handing it to a thread takes."""
 _PARTS = frozenset({"spec", "workspace", "stdin"})
 
 
-class Job:
-    """A spec and the folder that it needs. An async context; leaving it removes the folder."""
+class Room:
+    """What requests may hold at a time, in bytes: those that are read, and those whose runs wait or go on."""
 
-    def __init__(self, spec: Spec, folder: Path | None = None) -> None:
+    def __init__(self, size: int) -> None:
+        self._size = self._left = size
+
+    def take(self, size: int) -> None:
+        """Raises: TooManyRuns: there is not so much left."""
+        if size > self._left:
+            raise TooManyRuns(f"What runs that wait have brought takes all the room there is, {self._size} bytes.")
+        self._left -= size
+
+    def give_back(self, size: int) -> None:
+        """What was taken."""
+        self._left += size
+
+
+class Job:
+    """A spec and the folder that it needs. An async context; leaving it removes the folder, and gives its room back."""
+
+    def __init__(self, spec: Spec, room: Room, folder: Path | None = None, folder_bytes: int = 0) -> None:
         self.spec = spec
+        self._room = room
         self._folder = folder
+        self._held = folder_bytes
+
+    def hold(self, size: int) -> None:
+        """Take over so much of the room, which was taken already."""
+        self._held += size
 
     async def __aenter__(self) -> Self:
         return self
@@ -52,7 +84,9 @@ class Job:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Remove the folder."""
+        """Remove the folder, and give the room back."""
+        held, self._held = self._held, 0
+        self._room.give_back(held)
         if self._folder is not None:
             with CancelScope(shield=True):
                 await to_thread.run_sync(_remove, self._folder)
@@ -65,7 +99,11 @@ class Uploads:
         self._workspace_bytes = settings.workspace_bytes(mode)
         # A character of JSON may take six bytes (\u0001), base64 four for three.
         self._json_bytes = 6 * (settings.max_script_bytes + MAX_STRINGS_BYTES) + self._workspace_bytes * 4 // 3 + _SLACK
+        # In a text, or between values, of which each takes tens of bytes of memory and two of JSON.
+        self._commas = settings.max_script_bytes + MAX_STRINGS_BYTES + MAX_ENV + MAX_ARGS + _SLACK
         self._place = place
+        self._unpackers = CapacityLimiter(_UNPACKED_AT_A_TIME)
+        self.room = Room(_AT_A_TIME * self.max_body_bytes)
 
     @property
     def max_body_bytes(self) -> int:
@@ -73,15 +111,21 @@ class Uploads:
         return self._json_bytes + 2 * self._workspace_bytes + MAX_ENTRIES * 512
 
     async def read(self, request: Request) -> Job:
-        """The job that a request describes.
+        """The job that a request describes. It takes over what room the request has.
 
         Raises:
             InvalidSpec: it describes none. WorkspaceTooLarge: the workspace is larger than it may be.
             HttpProblem: its body is of no kind that is known.
+            TooManyRuns: there is no room for it.
         """
+        job = await self._read(request)
+        job.hold(request.state.body.hand_over())
+        return job
+
+    async def _read(self, request: Request) -> Job:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "application/json":
-            return Job(_spec(await request.body()))
+            return Job(await self._spec(await request.body()), self.room)
         if kind == "multipart/form-data":
             return await self._read_form(request)
         raise HttpProblem(
@@ -92,19 +136,27 @@ class Uploads:
         )
 
     async def _read_form(self, request: Request) -> Job:
+        # Some of Python's encodings take quadratic time, and the request may name any of them.
+        _, options = parse_options_header(request.headers["content-type"])
+        if options.get(b"charset", b"utf-8").lower() != b"utf-8":
+            raise HttpProblem(
+                415, "unsupported-media-type", "The form has another charset than utf-8.", hint="Leave it out."
+            )
         try:
             async with request.form(
                 max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=self._json_bytes
             ) as form:
                 return await self._from_form(form)
-        except MultiPartException as exc:
-            raise InvalidSpec(f"The form cannot be read: {exc.message}.") from None
+        except HTTPException as exc:  # what starlette makes of its own MultiPartException
+            raise InvalidSpec(f"The form cannot be read: {exc.detail.rstrip('.')}.") from None
 
     async def _from_form(self, form: FormData) -> Job:
         if unknown := sorted(set(form) - _PARTS):
             raise InvalidSpec(
                 f"The form has a part {unknown[0][:80]!r}.", hint="Allowed are spec, workspace and stdin."
             )
+        if len(form.multi_items()) > len(form):
+            raise InvalidSpec("The form has a part twice.", hint="Send each part once.")
         if "spec" not in form:
             raise InvalidSpec("The form has no part spec.", hint="Send the spec as JSON in a part of that name.")
         fields: dict[str, Any] = {}
@@ -112,25 +164,35 @@ class Uploads:
             fields["stdin"] = await _bytes(form["stdin"], self._workspace_bytes)
         text = await _bytes(form["spec"], self._json_bytes)
         if "workspace" not in form:
-            return Job(_spec(text, **fields))
+            return Job(await self._spec(text, **fields), self.room)
         workspace = form["workspace"]
         if not isinstance(workspace, UploadFile):
             raise InvalidSpec("The part workspace is no file.", hint="Send a tar or zip file, with a file name.")
         return await self._unpacked(text, workspace.file, fields)
 
+    async def _spec(self, text: bytes, **fields: Any) -> Spec:
+        """Raises: InvalidSpec: it is none."""
+        if text.count(b",") > self._commas:
+            raise InvalidSpec("The spec holds more values than a spec can.")
+        if len(text) <= _QUICK_BYTES:
+            return _spec(text, **fields)
+        return await to_thread.run_sync(lambda: _spec(text, **fields))
+
     async def _unpacked(self, text: bytes, archive: IO[bytes], fields: Mapping[str, Any]) -> Job:
         folder = Path(await to_thread.run_sync(lambda: tempfile.mkdtemp(dir=self._place)))
         try:
-            spec = _spec(text, workspace=folder, **fields)
-            await to_thread.run_sync(self._unpack, archive, folder)
+            spec = await self._spec(text, workspace=folder, **fields)
+            size = await to_thread.run_sync(self._unpack, archive, folder, limiter=self._unpackers)
+            self.room.take(size)
         except BaseException:
-            await Job(Spec(content="", name="x"), folder).aclose()
+            with CancelScope(shield=True):
+                await to_thread.run_sync(_remove, folder)
             raise
-        return Job(spec, folder)
+        return Job(spec, self.room, folder, size)
 
-    def _unpack(self, archive: IO[bytes], folder: Path) -> None:
+    def _unpack(self, archive: IO[bytes], folder: Path) -> int:
         try:
-            unpack(archive, folder, size=self._workspace_bytes, entries=MAX_ENTRIES)
+            return unpack(archive, folder, size=self._workspace_bytes, entries=MAX_ENTRIES)
         except ArchiveTooLarge as exc:
             raise WorkspaceTooLarge(
                 f"{str(exc).rstrip('.')}: more than {self._workspace_bytes} bytes or {MAX_ENTRIES} entries."
@@ -141,20 +203,54 @@ class Uploads:
             ) from None
 
 
+@asynccontextmanager
+async def open_place() -> AsyncIterator[Path]:
+    """:func:`place_for_uploads` for a loop: a dead service may have left much."""
+    with ExitStack() as held:
+        place = await to_thread.run_sync(held.enter_context, place_for_uploads())
+        ends = held.pop_all()
+    try:
+        yield place
+    finally:
+        with CancelScope(shield=True):
+            await to_thread.run_sync(ends.close)
+
+
 @contextmanager
 def place_for_uploads() -> Iterator[Path]:
-    """A folder of this process's own; those of dead ones are removed."""
-    above = Path(tempfile.gettempdir())
-    for name in os.listdir(above):
-        if name.startswith(PREFIX):
-            with suppress(OSError):
-                _remove_if_dead(above / name)
-    place = Path(tempfile.mkdtemp(prefix=PREFIX))
-    with _locked(place / LOCK):
+    """A folder of this process's own; those of dead ones are removed.
+
+    Raises:
+        InvalidSettings: there is no place for it.
+    """
+    with ExitStack() as held:
         try:
-            yield place
-        finally:
-            _remove(place)
+            above = Path(tempfile.gettempdir())
+            for name in os.listdir(above):
+                if name.startswith(PREFIX):
+                    with suppress(OSError):
+                        _remove_if_dead(above / name)
+            place = _new_place(held)
+        except OSError as exc:
+            raise InvalidSettings(
+                f"There is no place for what requests bring: {exc.strerror}.",
+                hint="Set TMPDIR to a folder that the service can write.",
+            ) from None
+        held.callback(_remove, place)
+        yield place
+
+
+def _new_place(held: ExitStack) -> Path:
+    """A new folder, locked as long as ``held`` is. Raises: OSError: there is none."""
+    for _ in range(_TRIES):
+        place = Path(tempfile.mkdtemp(prefix=PREFIX))
+        # Until it is locked, another service that begins at this moment may take it for a dead one's.
+        with suppress(FileNotFoundError, BlockingIOError), ExitStack() as tried:
+            tried.enter_context(_locked(place / LOCK))
+            if (place / LOCK).exists():
+                held.push(tried.pop_all())
+                return place
+    raise OSError(errno.EBUSY, "other services remove it")
 
 
 def _remove_if_dead(place: Path) -> None:
@@ -179,12 +275,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    def mend(call: Callable[..., Any], path: str, _: object) -> None:
-        with suppress(OSError):
-            os.chmod(os.path.dirname(path), 0o700)
-            call(path)
-
-    shutil.rmtree(folder, onerror=mend)
+    """All of it was made here, and can be removed; what cannot all the same is the next service's."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _spec(text: bytes, **fields: Any) -> Spec:
@@ -194,7 +286,7 @@ def _spec(text: bytes, **fields: Any) -> Spec:
         InvalidSpec: it is none, or names what lies on the service's own machine.
     """
     try:
-        given = json.loads(text)
+        given = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError) as exc:
         raise InvalidSpec(f"The spec is not JSON: {exc}.") from None
     if not isinstance(given, dict):
@@ -213,6 +305,18 @@ def _spec(text: bytes, **fields: Any) -> Spec:
     if isinstance(given.get("stdin"), str):
         fields["stdin"] = _base64(given["stdin"])
     return Spec.model_validate({**given, **fields})
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names differ: of two of one name, who is in between may have looked at the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has a name twice")
+    return found
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON's")
 
 
 def _base64(text: str) -> bytes:

@@ -10,7 +10,7 @@ Nothing is run. A play says what comes out of a box, when, and how the box ends.
 from __future__ import annotations
 
 import binascii
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
@@ -18,7 +18,7 @@ from typing import TypeAlias, assert_never
 import anyio
 import anyio.lowlevel
 
-from cloche.backends.contract import Box, Capabilities, Fate, FateKind, Leftover, Profile
+from cloche.backends.contract import Box, Capabilities, Examination, Fate, FateKind, Leftover, Profile
 from cloche.isolation import Isolation, Posture
 from cloche.settings import Settings
 from cloche.spec import encode
@@ -218,6 +218,7 @@ class FakeBackend:
         leftovers: Sequence[Leftover] | Exception = (),
         sweep_s: float = 0.0,
         tend_error: Exception | None = None,
+        examination: Examination | None = None,
     ) -> None:
         self._plays = plays
         self._posture = posture or Posture("local", available=True, isolation=Isolation.NAMESPACE, engine="fake")
@@ -225,6 +226,7 @@ class FakeBackend:
         self._leftovers = leftovers
         self._sweep_s = sweep_s
         self._tend_error = tend_error
+        self._examination = examination or Examination()
         self.boxes: list[FakeBox] = []
         self.alive = 0
         self.most_alive = 0
@@ -269,13 +271,21 @@ class FakeBackend:
         finally:
             await self._remove(box)
 
-    async def sweep(self) -> Sequence[Leftover]:
+    async def sweep(self, *, dry_run: bool = False) -> Sequence[Leftover]:
         """The leftovers that it was made with, after ``sweep_s`` seconds."""
         self.sweeps += 1
         await anyio.sleep(self._sweep_s)
         if isinstance(self._leftovers, Exception):
             raise self._leftovers
         return self._leftovers
+
+    async def examine(self) -> Examination:
+        """As it was made."""
+        return self._examination
+
+    async def remains(self, run_ids: Collection[str]) -> Sequence[str]:
+        """The boxes of these runs that were not removed."""
+        return [box.profile.run_id for box in self.boxes if box.profile.run_id in run_ids and not box.removed]
 
     async def aclose(self) -> None:
         """Note that it was called."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +17,9 @@ from anyio import to_thread
 from cloche._kit.http import ConnectFailure, ConnectionLost, HttpFailure
 from cloche.backends import shape
 from cloche.backends.claims import Keeper
-from cloche.backends.contract import Box, Capabilities, Leftover, Profile
-from cloche.backends.docker import address, leftovers, manifest, probe, trial
+from cloche.backends.contract import Box, Capabilities, Examination, Leftover, Profile
+from cloche.backends.docker import address, examine, leftovers, manifest, probe, trial
+from cloche.backends.docker.address import Address
 from cloche.backends.docker.box import DockerBox
 from cloche.backends.docker.client import DockerClient, Refused
 from cloche.backends.docker.facts import PODMAN
@@ -26,7 +28,7 @@ from cloche.backends.docker.probe import Daemon
 from cloche.backends.docker.store import Images
 from cloche.backends.docker.volume import SupervisorVolume
 from cloche.errors import BackendUnavailable, ClocheError, EngineLost, ImageUnavailable
-from cloche.isolation import Isolation, Posture
+from cloche.isolation import Check, Isolation, Posture, Verdict
 from cloche.settings import Settings
 from cloche.supervisor.binary import supervisor_path
 
@@ -49,6 +51,7 @@ class _Setup:
     images: Images
     volume: SupervisorVolume
     posture: Posture
+    where: Address
     tried: bool = True
     """Whether it is known if the runtime has a kernel of its own."""
 
@@ -114,7 +117,7 @@ class DockerBackend:
             engine=_engine(daemon, self._settings.docker_runtime),
             guarantees=probe.guarantees(daemon, None, guest=False),
         )
-        setup = _Setup(daemon, ground, images, volume, posture)
+        setup = _Setup(daemon, ground, images, volume, posture, found)
         runtime = probe.runtime_in_force(self._settings.docker_runtime, daemon.info)
         self._setup = replace(setup, tried=runtime in probe.PLAIN_RUNTIMES)
         try:
@@ -289,7 +292,7 @@ class DockerBackend:
                 await anyio.sleep(pause)
         return await self._client.remove(name)
 
-    async def sweep(self) -> Sequence[Leftover]:
+    async def sweep(self, *, dry_run: bool = False) -> Sequence[Leftover]:
         """Remove what has expired by the daemon's clock, and what belongs to a dead process of this machine.
 
         Raises:
@@ -298,9 +301,35 @@ class DockerBackend:
         if self._client is None or self._setup is None:
             return ()
         try:
-            return await leftovers.sweep(self._client, self._keeper)
+            return await leftovers.sweep(self._client, self._keeper, dry_run=dry_run)
         except (Refused, HttpFailure) as exc:
             raise BackendUnavailable(f"The Docker daemon could not be asked for leftovers: {exc}.") from exc
+
+    async def examine(self) -> Examination:
+        """The daemon, its runtime, its limits, the image."""
+        posture = await self.probe()
+        setup = self._setup
+        if setup is None:
+            return Examination((Check("daemon", Verdict.NOT_OK, posture.reason, posture.hint),))
+        version = setup.daemon.version
+        checks = examine.daemon(setup.daemon, setup.where.text, self._settings.docker_runtime)
+        return Examination(
+            (*checks, await examine.image(setup.images, self._settings.image)),
+            # A socket may lead into a virtual machine, which then has another kernel than this one.
+            here=setup.where.server.socket is not None and version.kernel == platform.release(),
+            kernel=version.kernel,
+            machine=version.arch or None,
+        )
+
+    async def remains(self, run_ids: Collection[str]) -> Sequence[str] | None:
+        """Containers that bear their labels."""
+        if self._client is None:
+            return None
+        try:
+            return [name for run_id in run_ids for name in await examine.remains(self._client, run_id)]
+        except (Refused, HttpFailure) as exc:
+            log.info("the daemon does not tell what is left: %s", exc)
+            return None
 
     async def aclose(self) -> None:
         """Close the connections, and give up the owner's lock."""

@@ -23,8 +23,8 @@ def note(address: str) -> str:
     return f"docker {address}"
 
 
-async def sweep(client: DockerClient, keeper: Keeper) -> list[Leftover]:
-    """Remove it.
+async def sweep(client: DockerClient, keeper: Keeper, *, dry_run: bool = False) -> list[Leftover]:
+    """Remove it; ``dry_run``: only tell of it.
 
     Raises:
         Refused, HttpFailure: the daemon cannot be asked.
@@ -33,8 +33,9 @@ async def sweep(client: DockerClient, keeper: Keeper) -> list[Leftover]:
     now = time.time() if engine is None else engine
     containers = [found for found in await client.containers(manifest.LABEL_EXPIRES) if is_ours(found)]
     todo = [(c, reason) for c in containers if (reason := await keeper.reason_to_remove(_claim(c), now))]
-    left = [await _remove(client, "container", *thing) for thing in todo]
-    if all(leftover is None or leftover.removed for leftover in left):
+    remove = _would_remove if dry_run else _remove
+    left = [await remove(client, "container", *thing) for thing in todo]
+    if not dry_run and all(leftover is None or leftover.removed for leftover in left):
         await keeper.forget_the_dead()
     try:
         volumes = await client.volumes(manifest.LABEL_EXPIRES)
@@ -42,7 +43,7 @@ async def sweep(client: DockerClient, keeper: Keeper) -> list[Leftover]:
         _log.info("volumes could not be looked for: %s", exc)
         volumes = []
     left += [
-        await _remove(client, "volume", v, "it has expired") for v in volumes if is_ours(v) and _claim(v).expired(now)
+        await remove(client, "volume", v, "it has expired") for v in volumes if is_ours(v) and _claim(v).expired(now)
     ]
     return [leftover for leftover in left if leftover is not None]
 
@@ -60,6 +61,10 @@ def _claim(found: Labelled) -> Claim:
         labels.get(manifest.LABEL_PLACE, ""),
         labels.get(manifest.LABEL_EXPIRES, ""),
     )
+
+
+async def _would_remove(_: DockerClient, kind: str, found: Labelled, reason: str) -> Leftover | None:
+    return Leftover(kind, found.name, removed=False, reason=reason)
 
 
 async def _remove(client: DockerClient, kind: str, found: Labelled, reason: str) -> Leftover | None:

@@ -8,7 +8,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,14 +19,15 @@ from anyio import to_thread
 from cloche._kit.http import HttpFailure
 from cloche._kit.steps import step
 from cloche.backends.claims import Keeper
-from cloche.backends.contract import Box, Capabilities, Leftover, Profile
-from cloche.backends.kubernetes import diagnose, kubeconfig, leftovers, manifest, names, probe
+from cloche.backends.contract import Box, Capabilities, Examination, Leftover, Profile
+from cloche.backends.kubernetes import diagnose, examine, kubeconfig, leftovers, manifest, names, probe
 from cloche.backends.kubernetes.box import JobName, KubernetesBox
 from cloche.backends.kubernetes.client import BUSY, KubernetesClient, OtherContent, Refused
+from cloche.backends.kubernetes.kubeconfig import Access
 from cloche.backends.kubernetes.manifest import Ground, Made
 from cloche.backends.kubernetes.watch import Pods
 from cloche.errors import BackendUnavailable, ClocheError, EngineLost, QuotaExceeded
-from cloche.isolation import Isolation, Posture
+from cloche.isolation import Check, Isolation, Posture, Verdict
 from cloche.settings import Settings
 from cloche.supervisor.binary import machine_name, supervisor_path
 
@@ -53,6 +54,7 @@ class _Setup:
     """What the probe found out."""
 
     client: KubernetesClient
+    access: Access
     pods: Pods
     ground: Ground
     supervisor: Mapping[str, Any]
@@ -128,7 +130,7 @@ class KubernetesBackend:
             guarantees=probe.guarantees(settings),
         )
         pods = Pods(client, f"{names.LABEL_OWNER}={self._keeper.owner}")
-        return _Setup(client, pods, ground, supervisor, posture)
+        return _Setup(client, access, pods, ground, supervisor, posture)
 
     async def tend(self) -> None:
         """Have the supervisor in the namespace, then watch the pods for as long as the sandbox is open."""
@@ -278,7 +280,7 @@ class KubernetesBackend:
         self._keeper.left = True
         raise EngineLost(f"The Job {name} could not be deleted: {problem or 'it took too long'}.") from problem
 
-    async def sweep(self) -> Sequence[Leftover]:
+    async def sweep(self, *, dry_run: bool = False) -> Sequence[Leftover]:
         """Remove what has expired by the API server's clock, of any process, and what belongs to a dead one of this machine.
 
         Raises:
@@ -287,7 +289,28 @@ class KubernetesBackend:
         if self._setup is None:
             return ()
         with _translated("look for leftovers", self._setup):
-            return await leftovers.sweep(self._setup.client, self._keeper)
+            return await leftovers.sweep(self._setup.client, self._keeper, dry_run=dry_run)
+
+    async def examine(self) -> Examination:
+        """The API server, the rights in the namespace: those that are there, those that are not, those that are too many."""
+        posture = await self.probe()
+        setup = self._setup
+        if setup is None:
+            return Examination((Check("cluster", Verdict.NOT_OK, posture.reason, posture.hint),))
+        reached = Check("cluster", Verdict.OK, f"{posture.engine} at {setup.access.text}")
+        rights = await examine.rights(setup.client, setup.ground.namespace)
+        addresses = examine.addresses(setup.access)
+        return Examination((reached, *rights), machine=setup.ground.machine, addresses=addresses)
+
+    async def remains(self, run_ids: Collection[str]) -> Sequence[str] | None:
+        """Jobs, pods and ConfigMaps that bear their labels."""
+        if self._setup is None:
+            return None
+        try:
+            return await examine.remains(self._setup.client, run_ids)
+        except (Refused, HttpFailure, ClocheError) as exc:
+            _log.info("the cluster does not tell what is left: %s", exc)
+            return None
 
     async def aclose(self) -> None:
         """Close the connections, and give up the owner's lock."""

@@ -24,8 +24,8 @@ def note(base: str, namespace: str) -> str:
     return f"kubernetes {base} {namespace}"
 
 
-async def sweep(client: KubernetesClient, keeper: Keeper) -> list[Leftover]:
-    """Remove it.
+async def sweep(client: KubernetesClient, keeper: Keeper, *, dry_run: bool = False) -> list[Leftover]:
+    """Remove it; ``dry_run``: only tell of it.
 
     Raises:
         Refused, HttpFailure, BackendUnavailable: the API server cannot be asked.
@@ -36,6 +36,8 @@ async def sweep(client: KubernetesClient, keeper: Keeper) -> list[Leftover]:
     things = [*jobs, *(thing for thing in await client.config_maps() if thing.owners.isdisjoint(there))]
     now = client.server_time()
     todo = [(t, reason) for t in things if is_ours(t) and (reason := await keeper.reason_to_remove(_claim(t), now))]
+    if dry_run:
+        return [Leftover(thing.kind, thing.name, removed=False, reason=reason) for thing, reason in todo]
     left: list[Leftover] = []
     limiter = anyio.CapacityLimiter(PARALLEL)
 

@@ -208,7 +208,7 @@ def _supervisor(profile: Profile, number: int) -> list[str]:
     # holds the pod's namespaces.
     command += ["--nproc", str(profile.limits.pids)]
     command += ["--fsize", str(shape.file_size_limit_bytes(profile.limits))]
-    if profile.network is Network.NONE:
+    if profile.network is Network.NONE and not profile.sockets:
         command += ["--sockets", "unix"]  # a NetworkPolicy takes hold only after a pod has started, if at all
     for index in range(number):
         command += ["--bundle", f"{shape.SUPERVISOR_FOLDER}/{_bundle_path(index)}"]

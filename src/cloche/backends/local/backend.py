@@ -9,7 +9,8 @@ import platform
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
@@ -19,8 +20,8 @@ import anyio
 from anyio import to_thread
 
 from cloche.backends import owners, shape
-from cloche.backends.contract import Box, Capabilities, Fate, FateKind, Leftover, Profile
-from cloche.backends.local import cgroup, client, interpreters, manifest, places, probe
+from cloche.backends.contract import Box, Capabilities, Examination, Fate, FateKind, Leftover, Profile
+from cloche.backends.local import cgroup, client, examine, interpreters, manifest, places, probe
 from cloche.backends.local.manifest import Layout
 from cloche.backends.local.probe import Bubblewrap
 from cloche.errors import BackendUnavailable, ClocheError
@@ -36,6 +37,8 @@ log = logging.getLogger("cloche.local")
 TRIAL_TIMEOUT_S = 10.0
 SCOPE_POLL_S = 0.002
 """systemd takes some 10 ms for a scope."""
+REMEMBERED = 32
+"""Of how many of its last runs a backend can tell what is left of them."""
 FIRST_UID = 0x7000_0000
 UIDS = 2**24
 """Host uids for the runs of a root cloche: above every range that distributions, systemd and container engines give out
@@ -132,6 +135,8 @@ class LocalBackend:
         self._standby: _Launcher | None = None
         """One launcher that waits for the next run: starting it and entering its cgroup are then off that run's path."""
         self._interpreters: dict[str, interpreters.Interpreter] = {}
+        self._removed: deque[tuple[str, tuple[Path, ...]]] = deque(maxlen=REMEMBERED)
+        """The cgroups of the last boxes, by their runs."""
 
     def capabilities(self) -> Capabilities:
         """A box's output cannot be read twice: it is a pipe."""
@@ -291,6 +296,7 @@ class LocalBackend:
         finally:
             with anyio.CancelScope(shield=True):
                 await launcher.close()
+                self._removed.append((profile.run_id, tuple(launcher.group.folders)))
                 await self._stand_by()
 
     async def _stand_by(self) -> None:
@@ -360,9 +366,23 @@ class LocalBackend:
             await launcher.close()
         raise OSError(f"systemd made no scope for the box: {reason or 'it did not answer'}")
 
-    async def sweep(self) -> Sequence[Leftover]:
+    async def sweep(self, *, dry_run: bool = False) -> Sequence[Leftover]:
         """Remove what dead owners left: cgroups, and the processes in them."""
-        return await to_thread.run_sync(_sweep)
+        return await to_thread.run_sync(_find if dry_run else _sweep)
+
+    async def examine(self) -> Examination:
+        """Bubblewrap, user namespaces, cgroups; boxes run on this machine's own kernel."""
+        posture = await self.probe()
+        flavour = None if self._ground is None else self._ground.flavour
+        checks = await to_thread.run_sync(examine.checks, posture, flavour, os.geteuid())
+        return Examination(checks, here=True, kernel=platform.release(), machine=platform.machine())
+
+    async def remains(self, run_ids: Collection[str]) -> Sequence[str] | None:
+        """Their cgroups, in which everything was that they started. Without cgroups nothing bears their names."""
+        folders = [folder for run_id, theirs in self._removed if run_id in run_ids for folder in theirs]
+        if not folders:
+            return None
+        return await to_thread.run_sync(lambda: [f"the cgroup {folder}" for folder in folders if folder.exists()])
 
     async def aclose(self) -> None:
         """End the launcher that stands by, and give up the owner's lock."""
@@ -396,6 +416,18 @@ def _hidden(*paths: str | None) -> frozenset[str]:
         return os.stat(path).st_mode & wanted == wanted and all(os.stat(folder).st_mode & 0o1 for folder in folders)
 
     return frozenset(path for path in paths if path is not None and not is_open(path))
+
+
+def _find() -> list[Leftover]:
+    """What :func:`_sweep` would remove."""
+    if probe.platform_reason() is not None:
+        return []
+    return [
+        Leftover("cgroup", str(folder), removed=False, reason=f"owner {owner.name} is dead")
+        for owner in owners.dead(owners.state_folder(), look_only=True)
+        for root in owner.folders
+        for folder in root.glob(f"{cgroup.name_prefix(owner.name)}*")
+    ]
 
 
 def _sweep() -> list[Leftover]:

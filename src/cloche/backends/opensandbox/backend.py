@@ -8,7 +8,7 @@ import random
 import secrets
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from cloche._kit.http import ConnectFailure, HttpFailure, trusted_by_system
 from cloche._kit.places import Place
 from cloche._kit.steps import step
 from cloche.backends.claims import Keeper
-from cloche.backends.contract import Box, Capabilities, Leftover, Profile
-from cloche.backends.opensandbox import address, diagnose, leftovers, manifest, probe
+from cloche.backends.contract import Box, Capabilities, Examination, Leftover, Profile
+from cloche.backends.opensandbox import address, diagnose, examine, leftovers, manifest, probe
 from cloche.backends.opensandbox.allowed import Allowed
 from cloche.backends.opensandbox.box import OpenSandboxBox, Service
 from cloche.backends.opensandbox.client import OpenSandboxClient, Refused
@@ -300,7 +300,7 @@ class OpenSandboxBackend:
         self._keeper.left = True
         raise EngineLost(f"The sandbox {name} could not be deleted: {problem or 'it took too long'}.") from problem
 
-    async def sweep(self) -> Sequence[Leftover]:
+    async def sweep(self, *, dry_run: bool = False) -> Sequence[Leftover]:
         """Remove what has expired by the service's clock, of any process, and what belongs to a dead one of this machine.
 
         Raises:
@@ -311,7 +311,7 @@ class OpenSandboxBackend:
         client = self._setup.service.client
         try:
             with anyio.fail_after(SWEEP_S):
-                return await leftovers.sweep(client, self._keeper)
+                return await leftovers.sweep(client, self._keeper, dry_run=dry_run)
         except TimeoutError:
             raise BackendUnavailable(
                 f"The OpenSandbox service at {client.place.base} did not tell of leftovers within {SWEEP_S:g} s.",
@@ -322,6 +322,22 @@ class OpenSandboxBackend:
             raise diagnose.refusal(exc, "tell of leftovers") from exc
         except HttpFailure as exc:
             raise diagnose.unreachable(exc, client.place, "tell of leftovers") from exc
+
+    async def examine(self) -> Examination:
+        """The service, its key, its version."""
+        posture = await self.probe()
+        where = "" if self._setup is None else self._setup.service.client.place.base
+        return Examination(examine.checks(self._settings, posture, where))
+
+    async def remains(self, run_ids: Collection[str]) -> Sequence[str] | None:
+        """Sandboxes that carry their metadata."""
+        if self._client is None:
+            return None
+        try:
+            return await examine.remains(self._client, run_ids)
+        except (Refused, HttpFailure) as exc:
+            _log.info("the service does not tell what is left: %s", exc)
+            return None
 
     async def aclose(self) -> None:
         """Close the connections, and give up the owner's lock."""

@@ -18,8 +18,8 @@ def note(base: str) -> str:
     return f"opensandbox {base}"
 
 
-async def sweep(client: OpenSandboxClient, keeper: Keeper) -> list[Leftover]:
-    """Remove it.
+async def sweep(client: OpenSandboxClient, keeper: Keeper, *, dry_run: bool = False) -> list[Leftover]:
+    """Remove it; ``dry_run``: only tell of it.
 
     Raises:
         Refused, HttpFailure: the service cannot be asked.
@@ -29,6 +29,8 @@ async def sweep(client: OpenSandboxClient, keeper: Keeper) -> list[Leftover]:
         async for sandbox in client.sandboxes({manifest.META_KIND: manifest.KIND})
         if is_ours(sandbox) and (reason := await keeper.reason_to_remove(_claim(sandbox), client.server_time()))
     ]
+    if dry_run:
+        return [Leftover("sandbox", sandbox.id, removed=False, reason=reason) for sandbox, reason in todo]
     left = [await _remove(client, sandbox, reason) for sandbox, reason in todo]
     if all(leftover.removed for leftover in left):
         await keeper.forget_the_dead()

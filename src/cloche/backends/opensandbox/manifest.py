@@ -86,7 +86,7 @@ def supervisor(profile: Profile, uid: int) -> list[str]:
     command = [SUPERVISOR, "run", "--bundle", BUNDLE, "--script-uid", str(uid), "--script-gid", str(uid)]
     # Nothing else bounds a file: what is written lands on the disk of the service's machine.
     command += ["--fsize", str(shape.WRITABLE_CAP_BYTES), "--nproc", str(profile.limits.pids)]
-    if profile.network is Network.NONE:
+    if profile.network is Network.NONE and not profile.sockets:
         command += ["--sockets", "unix"]
     return command
 

@@ -45,8 +45,9 @@ class Crowd(Suite):
         async with target.sandbox(CLOCHE_MAX_CONCURRENT=str(PLACES)) as sandbox:
 
             async def one(i: int) -> None:
+                spec = python(EACH, args=[str(i)], stdin=str(i).encode(), timeout=30)
                 begin = time.monotonic()
-                results[i] = await sandbox.run(python(EACH, args=[str(i)], stdin=str(i).encode(), timeout=30))
+                results[i] = await sandbox.run(spec)
                 end = time.monotonic()
                 queued = results[i].timings_ms["queued"]
                 intervals.append((begin + (queued or 0) / 1000, end))

@@ -1,0 +1,11 @@
+"""Names that the runtime gives. Pure but for the clock and chance."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+
+def new_run_id() -> str:
+    """A name for a run: unique, sorted by time, and fit for a label, a file and an address."""
+    return f"r{int(time.time() * 1000):011x}{secrets.token_hex(6)}"
