@@ -689,7 +689,7 @@ class Settings(BaseModel):
     )
     sweep_every: Seconds = _setting(
         60.0,
-        "Seconds between two sweeps for what the dead left, half or one and a half times as many by chance; 0: only at the start.",
+        "Seconds between two sweeps for what the dead left, half to one and a half times as many by chance; 0: only at first.",
         allowed="seconds such as 0, 60 or 1.5, or a duration such as 2m",
         why="a box lives for minutes, and many processes must not ask an engine at the same moment",
         ge=0,

@@ -32,7 +32,7 @@ def found(target: Target, *args: str) -> list[dict[str, Any]]:
 
 
 def test_what_a_killed_client_left_is_told_and_goes(target: Target) -> None:
-    """After kill -9 of a client --dry-run names what it left and changes nothing; sweep removes that, and then there is nothing."""
+    """After kill -9 of a client --dry-run names what it left and changes nothing; sweep removes it, and then nothing is left."""
     crowds.kill_in_the_middle(target, 2)
     would = found(target, "--dry-run")
     assert would

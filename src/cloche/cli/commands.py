@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from cloche.cli.run import Options, execute
-from cloche.settings import Mode
 from cloche.isolation import Isolation
+from cloche.settings import Mode
 
 
 def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:  # noqa: FBT001 (click's signature)
