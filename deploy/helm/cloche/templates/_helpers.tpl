@@ -134,6 +134,7 @@ out here: the API server takes no name twice. */}}
   "CLOCHE_MODE" $sandbox.mode
   "CLOCHE_FALLBACK" $sandbox.fallback
   "CLOCHE_MIN_ISOLATION" $sandbox.minIsolation
+  "CLOCHE_PROVE" $sandbox.prove
   "CLOCHE_TIMEOUT" $sandbox.timeout
   "CLOCHE_START_TIMEOUT" $sandbox.startTimeout
   "CLOCHE_QUEUE_TIMEOUT" $sandbox.queueTimeout
