@@ -377,6 +377,17 @@ def test_bound_of_entries(packer: str, tmp_path: Path) -> None:
         assert len(tree(folder)) <= ENTRIES
 
 
+def test_work_without_end(tmp_path: Path) -> None:
+    """What makes no entry is bounded too: the same folder again and again, remarks upon remarks."""
+    for again in (
+        header(tarfile.DIRTYPE, 0, "a/"),
+        pax(b"14 comment=ab\n"),
+        pax(b"14 comment=ab\n", kind=tarfile.XGLTYPE),
+    ):
+        with pytest.raises(ArchiveTooLarge):
+            opened(gzip.compress(again * 20_000, 1), tmp_path)
+
+
 def test_hard_links_count(tmp_path: Path) -> None:
     """A hard link costs what its file does."""
     made = tar(entry("a", bytes(SIZE // 2)), entry("b", kind=tarfile.LNKTYPE, to="a"))

@@ -251,7 +251,8 @@ class Runs:
         except Exception as exc:  # noqa: BLE001 (it is the caller's, whatever it is, and must not end other runs)
             run.error = exc
             if isinstance(exc, ClocheError):
-                run.result = fold.failed(exc)
+                run.error = error = job.retold(exc)
+                run.result = fold.failed(error)
             else:
                 _log.exception("a run failed in a way that it must not", run_id=run.run_id)
                 run.result = fold.failed(ClocheError("The service failed."))

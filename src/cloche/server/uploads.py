@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from cloche._kit.archive import ArchiveError, ArchiveTooLarge, unpack
-from cloche.errors import InvalidSettings, InvalidSpec, TooManyRuns, WorkspaceTooLarge
+from cloche.errors import ClocheError, InvalidSettings, InvalidSpec, TooManyRuns, WorkspaceTooLarge
 from cloche.runtime.workspace import MAX_ENTRIES
 from cloche.server.problems import HttpProblem
 from cloche.settings import Settings
@@ -74,6 +74,13 @@ class Job:
     def hold(self, size: int) -> None:
         """Take over so much of the room, which was taken already."""
         self._held += size
+
+    def retold(self, error: ClocheError) -> ClocheError:
+        """The same error without the folder's path, which is of no use to the caller and none of his business."""
+        if self._folder is None:
+            return error
+        message, hint = (text.replace(str(self._folder), "workspace") for text in (error.message, error.hint))
+        return type(error)(message, hint=hint, retryable=error.retryable)
 
     async def __aenter__(self) -> Self:
         return self
