@@ -112,7 +112,7 @@ def test_body(alice: httpx2.Client, what: str) -> None:
 
 
 def test_no_script_in_the_workspace(alice: httpx2.Client) -> None:
-    """A script that is not in its workspace is told to be missing, without the service's own paths; one that leads out is no script."""
+    """A script that is not in its workspace is told to be missing, without the service's paths; one that leads out is none."""
     workspace = tar_of({"a.sh": "true"})
     problem = check(alice.post("/v1/runs", files=form({"script": "b.sh"}, workspace)), 422, "script-not-found")
     assert "/" not in problem["detail"]
