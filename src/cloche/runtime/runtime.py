@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from types import TracebackType
@@ -14,7 +14,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from cloche.errors import InvalidSpec, SandboxDisabled
-from cloche.events import Event, Finished
+from cloche.events import Event, Finished, Output
 from cloche.isolation import Check, Posture
 from cloche.result import Fold, Result
 from cloche.runtime.admission import Admission, Load
@@ -289,7 +289,7 @@ class Sandbox:
         group.start_soon(self._drive, run, name=f"cloche run {run.run_id}")
         return run
 
-    async def _run_ready(self, ready: Ready, run_id: str) -> Result:
+    async def _run_ready(self, ready: Ready, run_id: str, hear: Callable[[bytes], None] | None = None) -> Result:
         """A run of cloche's own, in a box as every run has one, and removed with it. No floor is asked for: it is what shows
         whether one is reached.
 
@@ -305,6 +305,8 @@ class Sandbox:
         async with aclosing(self._follow(run)) as events:
             async for event in events:
                 fold.add(event)
+                if hear is not None and isinstance(event, Output) and event.stream == "stdout":
+                    hear(event.data)
         return fold.result()
 
     async def _drive(self, run: Course) -> None:

@@ -178,9 +178,10 @@ bool become_script(const struct options *o); /* for what the supervisor does wit
 bool become_supervisor(void);
 void kill_all(const struct options *o, int sig);
 
-/* --- launch.c, main.c -------------------------------------------------------------------------------------------- */
+/* --- launch.c, probe.c, main.c ----------------------------------------------------------------------------------- */
 
 int launch_main(int argc, char **argv);
+int probe_main(int argc, char **argv);
 uint64_t now_ms(void);
 uint64_t now_us(void);
 bool parse_u64(const char *text, uint64_t *value);

@@ -580,10 +580,12 @@ int main(int argc, char **argv)
 {
 	if (argc >= 2 && strcmp(argv[1], "launch") == 0)
 		return launch_main(argc, argv);
+	if (argc >= 2 && strcmp(argv[1], "probe") == 0)
+		return probe_main(argc, argv);
 	if (argc == 2 && strcmp(argv[1], "version") == 0)
 		return print_version();
 	if (argc < 2 || strcmp(argv[1], "run") != 0 || !parse_options(argc, argv, &run.o)) {
-		fprintf(stderr, "usage: cloche-supervisor run|launch|version …\n");
+		fprintf(stderr, "usage: cloche-supervisor run|launch|probe|version …\n");
 		return 2;
 	}
 	umask(022);
