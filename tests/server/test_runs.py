@@ -241,6 +241,15 @@ def test_artifacts_with_odd_names(served: Served, alice: httpx2.Client) -> None:
         assert b'"code": "not-found"' in raw
 
 
+def test_proof(alice: httpx2.Client) -> None:
+    """Asked to prove it, the service looks from inside of a box, and says so from then on."""
+    proved = alice.get("/v1/posture", params={"prove": "true"}, timeout=60).json()
+    assert (proved["proved"], proved["isolation"]) == (True, "namespace")
+    states = {each["name"]: each["state"] for each in proved["guarantees"]}
+    assert states["memory-limit"] == "in-force"
+    assert alice.get("/v1/posture").json() == proved
+
+
 def test_posture(alice: httpx2.Client) -> None:
     """The posture is the library's."""
     posture = alice.get("/v1/posture").json()

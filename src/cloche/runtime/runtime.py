@@ -148,9 +148,13 @@ class Sandbox:
             ClocheError: no box could be looked at from inside.
         """
         house, _ = self._opened()
-        if prove and house.chosen.capabilities.runs and not isinstance(house.chosen.backend, Service):
+        backend = house.chosen.backend
+        if prove and house.chosen.capabilities.runs:
             async with self._proving:
-                proved = await Prover(house, house.chosen.backend, self._run_ready).prove()
+                if isinstance(backend, Service):
+                    proved = await backend.prove()
+                else:
+                    proved = await Prover(house, backend, self._run_ready).prove()
                 self._house = replace(house, chosen=replace(house.chosen, posture=proved))
         return self._opened()[0].chosen.posture
 

@@ -29,6 +29,14 @@ class Service(ABC):
         """What it gives. Raises nothing: that it cannot be used is a value with a reason."""
 
     @abstractmethod
+    async def prove(self) -> Posture:
+        """What it gives, looked at from inside of one of its boxes.
+
+        Raises:
+            ClocheError: it cannot be looked at.
+        """
+
+    @abstractmethod
     def course(self, spec: Spec, run_id: str, admission: Admission) -> Course:
         """A run, not yet begun."""
 

@@ -218,10 +218,16 @@ async def get_artifact(
     return Response(found.data, headers=headers, media_type="application/octet-stream")
 
 
-async def get_posture(service: Shared, caller: Known) -> Response:  # noqa: ARG001 (it has to be known)
-    """What isolation is in force, guarantee by guarantee."""
+async def get_posture(
+    service: Shared,
+    caller: Known,  # noqa: ARG001 (it has to be known)
+    prove: Annotated[bool, Query(description="Look from inside of a box first; that takes seconds.")] = False,  # noqa: FBT002
+) -> Response:
+    """What isolation is in force, guarantee by guarantee; what a proof finds holds for all runs that begin after it."""
     sandbox = service.sandbox
-    posture = asdict(await sandbox.posture())
+    if prove and service.runs.draining:
+        raise HttpProblem(503, "shutting-down", "The service is about to end.", retry_after_s=1)
+    posture = asdict(await sandbox.posture(prove=prove))
     return JSONResponse({**posture, "fallback_from": sandbox.fallback_from, "runs": sandbox.runs})
 
 

@@ -131,7 +131,7 @@ POSTURE: Json = {
     "summary": "What isolation is in force",
     "responses": {
         **_answer(200, "Guarantee by guarantee.", _json({"$ref": "#/components/schemas/Posture"})),
-        **_refusals(401),
+        **_refusals(401, 422, 502, 503, 504),
     },
 }
 HEALTH: Json = {

@@ -24,6 +24,8 @@ from cloche.runtime.remote.answer import Offer
 
 QUICK_S = 20.0
 """For one answer."""
+PROOF_S = 600.0
+"""For a proof: some boxes, which an engine may first have to make room for."""
 END_S = 5.0
 """For the answer to a wish to end a run."""
 DEAD_S = 15.0
@@ -46,13 +48,18 @@ class RemoteClient:
         """Close all connections."""
         await self._http.aclose()
 
-    async def offer(self) -> Offer:
-        """What the service says of itself.
+    async def offer(self, *, prove: bool = False) -> Offer:
+        """What the service says of itself; ``prove``: after it has looked from inside of a box.
 
         Raises:
             ClocheError: it cannot be spoken to, or is none.
         """
-        found = await self._call("GET", "/v1/posture", timeout_s=QUICK_S)
+        found = await self._call(
+            "GET",
+            "/v1/posture",
+            query={"prove": "true"} if prove else None,
+            timeout_s=PROOF_S if prove else QUICK_S,
+        )
         try:
             if not found.ok:
                 raise self._refusal(found)

@@ -52,6 +52,16 @@ class RemoteService(Service):
             return Posture(Mode.REMOTE, available=False, isolation=Isolation.NONE, reason=exc.message, hint=hint)
         return self._offer.posture
 
+    async def prove(self) -> Posture:
+        """Have the service look at its own boxes.
+
+        Raises:
+            ClocheError: it cannot, or cannot be asked.
+        """
+        assert self._client is not None
+        self._offer = await self._client.offer(prove=True)
+        return self._offer.posture
+
     async def _connected(self) -> RemoteClient:
         """Raises: BackendUnavailable: there is no address, or the token is none."""
         settings = self._settings
