@@ -22,7 +22,6 @@ from cloche.runtime.choose import MODES, Factory, check_floor, choose, let_go, l
 from cloche.runtime.course import Course
 from cloche.runtime.life import Counters, House, Ready, Run
 from cloche.runtime.names import new_run_id
-from cloche.runtime.prove.prover import Prover
 from cloche.runtime.service import Service
 from cloche.runtime.sweep import keep_sweeping
 from cloche.settings import Settings
@@ -154,6 +153,8 @@ class Sandbox:
                 if isinstance(backend, Service):
                     proved = await backend.prove()
                 else:
+                    from cloche.runtime.prove.prover import Prover
+
                     proved = await Prover(house, backend, self._run_ready).prove()
                 self._house = replace(house, chosen=replace(house.chosen, posture=proved))
         return self._opened()[0].chosen.posture
