@@ -17,7 +17,7 @@ C_SOURCES := $(wildcard src/cloche/supervisor/c/*.[ch])
 .PHONY: help setup demo test lint format types imports docs bench supervisor supervisor-all sanitize \
         engines-docker engines-docker-env engines-docker-down \
         engines-kubernetes engines-kubernetes-env engines-kubernetes-down \
-        engines-opensandbox engines-opensandbox-env engines-opensandbox-down chart engines-helm-env engines-compose engines-compose-env engines-vm wheel wheel-check clean
+        engines-opensandbox engines-opensandbox-env engines-opensandbox-down chart engines-helm-env engines-compose engines-compose-env engines-vm soak wheel wheel-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ bench: setup ## measure cloche against plain bubblewrap, its service against the
 	$(BIN)/python -m benchmarks.docker --json build/bench-docker.json
 	$(BIN)/python -m benchmarks.kubernetes --json build/bench-kubernetes.json
 	$(BIN)/python -m benchmarks.opensandbox --json build/bench-opensandbox.json
+
+soak: setup ## many runs on every engine that is there, while clients, boxes and engines die; SOAK_ARGS="--runs 60 --modes local"
+	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 sanitize: setup ## the supervisor's own tests under sanitizers, and its fuzzer for a while
 	PYTHON=$(BIN)/python tests/supervisor/run-sanitizers

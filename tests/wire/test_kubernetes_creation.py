@@ -192,6 +192,22 @@ async def test_busy_for_long(cluster: Kubernetes, monkeypatch: pytest.MonkeyPatc
     assert len(cluster.engine.asked(CREATE_JOB)) == 6
 
 
+NO_RIGHT = status(
+    403, "Forbidden", 'jobs.batch is forbidden: User "u" cannot create resource "jobs" in API group "batch"'
+)
+
+
+async def test_a_new_server_knows_nobody(cluster: Kubernetes) -> None:
+    """A server that has just been started, and so refuses everybody for a moment, is asked again; one that goes on is not."""
+    cluster.engine.on(CREATE_JOB, NO_RIGHT, NO_RIGHT, DEFAULT)
+    assert (await run(cluster)).stdout == "hi"
+    cluster.engine.on(CREATE_JOB, NO_RIGHT)
+    started = time.monotonic()
+    error = await failure(cluster)
+    assert (error.code, error.retryable) == ("permission-denied", False)
+    assert time.monotonic() - started < 5
+
+
 @pytest.mark.parametrize(
     ("answer", "code", "words", "hint"),
     [

@@ -61,6 +61,13 @@ async def test_missing_rights(cluster: Kubernetes, *, tells_all: bool) -> None:
     assert "deploy/kubernetes" in posture.hint
 
 
+async def test_rights_that_come_late(cluster: Kubernetes) -> None:
+    """A server that has just been started, and so knows of nobody's rights, is asked again before anything is concluded."""
+    nothing = {"status": {"resourceRules": [], "nonResourceRules": [], "incomplete": False}}
+    cluster.engine.on(RULES, Reply(201, nothing), DEFAULT)
+    assert (await probe(cluster)).available
+
+
 async def test_not_all_told(cluster: Kubernetes) -> None:
     """Rights of which a cluster does not tell are asked about one by one, and only those."""
     cluster.tells_all = False

@@ -371,6 +371,10 @@ def _translated(done: str) -> Iterator[None]:
         ) from exc
 
 
+_ABOUT_TO_END = ("context canceled", "client connection is closing", "connection refused", "error reading from server")
+"""What a daemon says that is being ended, or whose containerd is (seen with Docker 29): another one will do what it did not."""
+
+
 def _refused(exc: Refused, done: str) -> ClocheError:
     message, words = exc.message.rstrip("."), exc.message.lower()
     if "runtime" in words and ("unknown" in words or "invalid" in words) and "oci" not in words:
@@ -381,5 +385,7 @@ def _refused(exc: Refused, done: str) -> ClocheError:
     if exc.status == 404 and "image" in message.lower():
         return ImageUnavailable(f"The image was removed from the daemon: {message}.", retryable=True)
     return BackendUnavailable(
-        f"The Docker daemon refused: no container was {done}: {message}.", hint="Look at the daemon's log."
+        f"The Docker daemon refused: no container was {done}: {message}.",
+        hint="Look at the daemon's log.",
+        retryable=exc.status >= 500 and any(word in words for word in _ABOUT_TO_END),
     )

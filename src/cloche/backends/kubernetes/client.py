@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -62,6 +63,11 @@ LOG_IDLE_S = 120.0
 BUSY = frozenset({429, 500, 502, 503, 504})
 METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 LIST_OF_METADATA = {"Accept": "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"}
+_NO_RIGHT = re.compile(r"is forbidden: User .* cannot [a-z]+ resource")
+NEW_S = 1.0
+"""What an authorizer says (k8s.io/apiserver, responsewriters/errors.go), and how long it is not believed: one that has just been
+started says it of everything, for some tenths of a second, until it has read its rules (seen with 1.37). Nothing was done then.
+"""
 EXISTS, CONFLICT = "AlreadyExists", "Conflict"
 """What the API server means by 409: there is one of that name, or somebody else (a quota that is counted, mostly) came in
 between, so that nothing was done.
@@ -363,7 +369,7 @@ class KubernetesClient:
         """
         encoded = body if body is None or isinstance(body, bytes) else _encoded(body)
         given = {**(headers or {}), **({} if encoded is None else {"Content-Type": "application/json"})}
-        busy = False
+        busy, begun = False, anyio.current_time()
 
         async def ask() -> Answer:
             nonlocal busy
@@ -375,7 +381,8 @@ class KubernetesClient:
 
         def least_pause(exc: Exception) -> float | None:
             _log.debug("%s %s: %s", method, path, exc)
-            if isinstance(exc, Refused) and (busy or exc.status.reason == CONFLICT):
+            new = isinstance(exc, Refused) and _may_be_new(exc) and anyio.current_time() - begun < NEW_S
+            if isinstance(exc, Refused) and (busy or new or exc.status.reason == CONFLICT):
                 return min(exc.status.retry_after_s or 0.0, MAX_RETRY_AFTER_S)
             return 0.0 if isinstance(exc, HttpFailure) and not isinstance(exc, TooLarge | TlsFailure) else None
 
@@ -476,6 +483,11 @@ def _parsed(body: bytes) -> Any:
 
 def _encoded(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body).encode()
+
+
+def _may_be_new(exc: Refused) -> bool:
+    """Whether it may be the word of a server that does not know anybody's rights yet."""
+    return exc.code == 403 and _NO_RIGHT.search(exc.message) is not None
 
 
 def _refusal(http_status: int, body: bytes, retry_after: str = "") -> Refused:

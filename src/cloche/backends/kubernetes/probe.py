@@ -5,6 +5,8 @@ Only rights in that one namespace are asked about: nothing here needs a right in
 
 from __future__ import annotations
 
+import anyio
+
 from cloche._kit.http import ConnectFailure, HttpFailure, TlsFailure
 from cloche.backends.kubernetes import diagnose
 from cloche.backends.kubernetes.client import KubernetesClient, Refused
@@ -29,6 +31,8 @@ NEEDED = (
     ("list", "", "events"),
 )
 """Verb, API group and resource of every right that is used, all of them in the one namespace."""
+LOOK_AGAIN_S = (0.3, 0.9)
+"""Before each new look at missing rights: a server that has just been started knows nobody's for some tenths of a second."""
 USUAL_LOG_BYTES = 10 * 2**20
 """At which a kubelet rotates a log unless told otherwise (kubelet configuration, containerLogMaxSize)."""
 _FRAME_OVERHEAD = 1.4
@@ -43,6 +47,11 @@ async def look(client: KubernetesClient, access: Access, namespace: str) -> str:
     """
     try:
         missing = await _missing(client)
+        for pause in LOOK_AGAIN_S if missing else ():
+            await anyio.sleep(pause)
+            missing = await _missing(client)
+            if not missing:
+                break
         version = await client.version()
     except HttpFailure as exc:
         raise _unreachable(exc, access) from exc
