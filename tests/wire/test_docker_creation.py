@@ -44,7 +44,9 @@ async def test_refused(docker: Docker, status: int, message: str) -> None:
 async def test_a_daemon_that_is_about_to_end(docker: Docker) -> None:
     """What a daemon does not do because it, or its containerd, is being ended may be tried again."""
     await prepared(docker)
-    docker.engine.on(CREATE, Reply(500, {"message": "Canceled: grpc: the client connection is closing: context canceled"}))
+    docker.engine.on(
+        CREATE, Reply(500, {"message": "Canceled: grpc: the client connection is closing: context canceled"})
+    )
     error = await failure(docker)
     assert (error.code, error.retryable) == ("backend-unavailable", True)
 
