@@ -17,6 +17,16 @@ Change = Callable[[dict[str, Any]], None]
 _WITH_LIMITS = re.compile(rb"POST /(?:v[0-9.]+/)?containers/(?:create\b|[^/ ]+/update\b)")
 
 
+def host_config(**values: Any) -> Change:
+    """A change of what a container is made with."""
+
+    def change(body: dict[str, Any]) -> None:
+        if "HostConfig" in body:
+            body["HostConfig"].update(values)
+
+    return change
+
+
 @contextlib.contextmanager
 def meddling(daemon: str, folder: Path, change: Change) -> Iterator[str]:
     """The address of a daemon that is the other one but for this change."""

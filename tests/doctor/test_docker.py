@@ -9,21 +9,11 @@ from typing import Any
 
 import pytest
 from tests.doctor.ask import broken, doctor, states
-from tests.doctor.meddler import Change, meddling
+from tests.doctor.meddler import Change, host_config, meddling
 from tests.modes import ready
 from tests.supervisor.harness import public_folder
 
 from cloche.testing.conformance import Target
-
-
-def host_config(**values: Any) -> Change:
-    """A change of what a container is made with."""
-
-    def change(body: dict[str, Any]) -> None:
-        if "HostConfig" in body:
-            body["HostConfig"].update(values)
-
-    return change
 
 
 def no_bound_of_processes(body: dict[str, Any]) -> None:

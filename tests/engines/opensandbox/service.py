@@ -136,8 +136,8 @@ class Service(Daemon):
         while self.server_answers():
             time.sleep(0.01)
 
-    def start_server(self) -> None:
-        """Start the server, if it is not running.
+    def start_server(self, *, daemon: str = "") -> None:
+        """Start the server, if it is not running. ``daemon``: the address of another one than its own.
 
         Raises:
             RuntimeError: it does not start; the message has the end of its log.
@@ -158,7 +158,7 @@ class Service(Daemon):
             )
         )
         program = ("-c", "import sys; from opensandbox_server.cli import main; sys.exit(main())")
-        environ = {"PATH": os.environ["PATH"], "HOME": str(home), "DOCKER_HOST": self.host}
+        environ = {"PATH": os.environ["PATH"], "HOME": str(home), "DOCKER_HOST": daemon or self.host}
         server = self._run(environ, "server.log", str(python()), *program, "--config", str(self._config))
         self._others.append(server)
         end = time.monotonic() + START_S
