@@ -8,7 +8,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,24 @@ def host_config(**values: Any) -> Change:
             body["HostConfig"].update(values)
 
     return change
+
+
+WEAK: Mapping[str, tuple[Change, set[str], str]] = {
+    "no bound of memory": (host_config(Memory=0, MemorySwap=0), {"memory-limit"}, "container"),
+    "no bound of CPU": (host_config(NanoCpus=0), {"cpu-limit"}, "container"),
+    "host IPC": (host_config(IpcMode="host"), {"namespaces"}, "process"),
+    "token": (
+        host_config(Binds=["/etc/hostname:/run/secrets/kubernetes.io/serviceaccount/token:ro"]),
+        {"no-credentials"},
+        "process",
+    ),
+    "device": (
+        host_config(Devices=[{"PathOnHost": "/dev/full", "PathInContainer": "/dev/disk0", "CgroupPermissions": "r"}]),
+        {"devices"},
+        "namespace",
+    ),
+}
+"""What can be changed in any container of cloche's, what a doctor then finds broken, and the level that is left."""
 
 
 @contextlib.contextmanager

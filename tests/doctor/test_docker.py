@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.doctor import meddler
 from tests.doctor.ask import broken, doctor, states
 from tests.doctor.meddler import Change, host_config, meddling
 from tests.modes import ready
@@ -33,6 +34,7 @@ def root_for_the_script(body: dict[str, Any]) -> None:
 
 
 WEAK: Mapping[str, tuple[Change, set[str], str]] = {
+    **meddler.WEAK,
     "privileged": (
         host_config(Privileged=True),
         {"engine-call-filter", "kernel-files", "devices"},
@@ -40,23 +42,10 @@ WEAK: Mapping[str, tuple[Change, set[str], str]] = {
     ),
     "host network": (host_config(NetworkMode="host"), {"network"}, "process"),
     "bridge": (host_config(NetworkMode="bridge"), {"network"}, "process"),
-    "host IPC": (host_config(IpcMode="host"), {"namespaces"}, "process"),
     "no seccomp": (host_config(SecurityOpt=["seccomp=unconfined"]), {"engine-call-filter"}, "namespace"),
     "writable root": (host_config(ReadonlyRootfs=False), {"read-only-root"}, "namespace"),
-    "no bound of memory": (host_config(Memory=0, MemorySwap=0), {"memory-limit"}, "container"),
-    "no bound of CPU": (host_config(NanoCpus=0), {"cpu-limit"}, "container"),
     "no bound of processes": (no_bound_of_processes, {"process-limit"}, "container"),
     "unbounded /tmp": (unbounded_tmp, {"disk-limit"}, "container"),
-    "token": (
-        host_config(Binds=["/etc/hostname:/run/secrets/kubernetes.io/serviceaccount/token:ro"]),
-        {"no-credentials"},
-        "process",
-    ),
-    "device": (
-        host_config(Devices=[{"PathOnHost": "/dev/full", "PathInContainer": "/dev/disk0", "CgroupPermissions": "r"}]),
-        {"devices"},
-        "namespace",
-    ),
 }
 """What is changed behind cloche's back, what the doctor then finds broken, and the level that is left."""
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from tests.doctor import meddler
 from tests.doctor.ask import broken, doctor, states
 from tests.doctor.meddler import Change, host_config, meddling
 from tests.engines.opensandbox.service import Service
@@ -16,20 +17,8 @@ from tests.supervisor.harness import public_folder
 from cloche.testing.conformance import Target, absent
 
 WEAK: Mapping[str, tuple[Change, set[str], str]] = {
+    **meddler.WEAK,
     "privileged": (host_config(Privileged=True), {"devices", "kernel-files"}, "namespace"),
-    "no bound of memory": (host_config(Memory=0, MemorySwap=0), {"memory-limit"}, "container"),
-    "no bound of CPU": (host_config(NanoCpus=0), {"cpu-limit"}, "container"),
-    "token": (
-        host_config(Binds=["/etc/hostname:/run/secrets/kubernetes.io/serviceaccount/token:ro"]),
-        {"no-credentials"},
-        "process",
-    ),
-    "host IPC": (host_config(IpcMode="host"), {"namespaces"}, "process"),
-    "device": (
-        host_config(Devices=[{"PathOnHost": "/dev/full", "PathInContainer": "/dev/disk0", "CgroupPermissions": "r"}]),
-        {"devices"},
-        "namespace",
-    ),
 }
 """What is changed behind the service's back, what the doctor then finds broken, and the level that is left."""
 

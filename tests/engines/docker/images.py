@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,10 +87,15 @@ def _make_tiny(tree: Path) -> None:
     )
 
 
-def _make_sandbox(tree: Path) -> None:
+def install_debian(tree: Path, packages: Sequence[str], useradd: Sequence[str]) -> None:
+    """A small Debian with some packages and one user, and nothing in it that is this machine's or could change a user.
+
+    Raises:
+        RuntimeError: debootstrap failed; the message has its last words.
+    """
     host.need_root()
     host.need("debootstrap")
-    command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(tree), host.archive()]
+    command = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", SUITE, str(tree), host.archive()]
     done = subprocess.run(
         command,
         env={**os.environ, **debian.proxies()},
@@ -102,7 +107,7 @@ def _make_sandbox(tree: Path) -> None:
     )
     if done.returncode:
         raise RuntimeError(f"debootstrap failed and said at the end:\n{(done.stdout + done.stderr)[-2000:]}")
-    host.run("chroot", str(tree), "useradd", "--uid", str(USER), "--create-home", "--shell", "/bin/bash", "runner")
+    host.run("chroot", str(tree), "useradd", *useradd)
     for name in NEEDLESS:
         shutil.rmtree(tree / name)
         tree.joinpath(name).mkdir()
@@ -110,6 +115,10 @@ def _make_sandbox(tree: Path) -> None:
     for name in ("etc/resolv.conf", "etc/hostname"):
         tree.joinpath(name).unlink(missing_ok=True)
     host.run("find", str(tree), "-xdev", "-perm", "/6000", "-type", "f", "-exec", "chmod", "ug-s", "{}", "+")
+
+
+def _make_sandbox(tree: Path) -> None:
+    install_debian(tree, PACKAGES, ("--uid", str(USER), "--create-home", "--shell", "/bin/bash", "runner"))
 
 
 TINY = Image("cloche-test/tiny:1", (f"USER {USER}:{USER}",), _make_tiny)

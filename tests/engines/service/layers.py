@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.engines import debian
 from tests.engines.docker import host
-from tests.engines.docker.images import NEEDLESS, SUITE, Image
+from tests.engines.docker.images import Image, install_debian
 
 PACKAGES = ("ca-certificates", "python3")
 PYTHON = "3.11"
@@ -40,29 +37,8 @@ class Layer(Image):
 
 
 def _make_base(tree: Path) -> None:
-    host.need_root()
-    host.need("debootstrap")
-    command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(tree), host.archive()]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **debian.proxies()},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=host.COMMAND_TIMEOUT_S,
-    )
-    if done.returncode:
-        raise RuntimeError(f"debootstrap failed and said at the end:\n{(done.stdout + done.stderr)[-2000:]}")
     user = ("--uid", str(UID), "--no-create-home", "--home-dir", "/tmp", "--shell", "/usr/sbin/nologin")
-    host.run("chroot", str(tree), "useradd", *user, "cloche")
-    for name in NEEDLESS:
-        shutil.rmtree(tree / name)
-        tree.joinpath(name).mkdir()
-    tree.joinpath("etc/machine-id").write_text("")
-    for name in ("etc/resolv.conf", "etc/hostname"):
-        tree.joinpath(name).unlink(missing_ok=True)
-    host.run("find", str(tree), "-xdev", "-perm", "/6000", "-type", "f", "-exec", "chmod", "ug-s", "{}", "+")
+    install_debian(tree, PACKAGES, (*user, "cloche"))
 
 
 BASE = Layer("cloche-test/python-base:1", (), _make_base, "")
