@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -101,6 +102,23 @@ def test_weakened(folder: Path, name: str) -> None:
         found.discard("no-credentials")  # this machine has a metadata service, and it answers
     assert found == expected, [g for g in report["guarantees"] if g["name"] in found ^ expected]
     assert (status, report["ok"], report["level"]) == (1, False, level)
+
+
+def test_proved_at_the_start(folder: Path) -> None:
+    """With CLOCHE_PROVE=start no script runs in a box that is weaker than its mode says, and one that is not runs as ever."""
+    script = folder / "main.sh"
+    script.write_text("echo ran")
+    write(folder, bubblewrap(), WEAK["network"][0])
+    for path, status, printed in ((f"{folder}:{os.environ['PATH']}", 125, ""), (os.environ["PATH"], 0, "ran\n")):
+        done = subprocess.run(
+            [sys.executable, "-m", "cloche", "run", "--mode", "local", str(script)],
+            env={"PATH": path, "CLOCHE_PROVE": "start"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (status, printed), done.stderr
+        assert ("[isolation-unavailable]" in done.stderr) is (status == 125)
 
 
 def test_a_bubblewrap_that_changes_nothing(folder: Path) -> None:

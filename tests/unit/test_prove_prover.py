@@ -99,6 +99,23 @@ async def test_below_the_floor_after_the_proof() -> None:
         assert result.isolation is Isolation.PROCESS
 
 
+async def test_proved_at_the_start() -> None:
+    """With prove="start" a sandbox is proved when it opens. Below the floor, and where no box can be made, it does not open."""
+    async with sandbox(backend(), prove="start") as opened:
+        assert (await opened.posture()).proved
+        assert (await opened.run(SCRIPT)).guarantees
+    open_network = backend([*changed("connect", {"name": "host-network"}, errno=0)(healthy())])
+    with pytest.raises(IsolationUnavailable, match="network"):
+        await sandbox(open_network, prove="start").__aenter__()
+    assert open_network.closed
+    async with sandbox(open_network, prove="start", min_isolation="process") as opened:
+        assert (await opened.posture()).isolation is Isolation.PROCESS
+    failing = backend(plays=lambda _: Play(open_error=BackendUnavailable("No more boxes.")))
+    with pytest.raises(BackendUnavailable, match="No more boxes"):
+        await sandbox(failing, prove="start").__aenter__()
+    assert failing.closed
+
+
 def with_listener(rows: Sequence[Row], listen: Row) -> Callable[[Profile], Play]:
     """The same, where the first box with sockets listens for the next one and stays."""
     asked = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -34,6 +35,7 @@ SWEEP_WAIT_S = 2.0
 
 OWN = Spec(name="cloche-prober", content="")
 """What stands for a run of cloche's own; it delivers something else."""
+_log = logging.getLogger("cloche.runtime")
 _RUN_ID = re.compile(r"[a-z][a-z0-9-]{0,30}[a-z0-9]")
 
 
@@ -51,7 +53,9 @@ class Sandbox:
     no table: it takes the first that can be used of kubernetes, opensandbox, docker and local.
 
     Raises (on entering):
-        BackendUnavailable, IsolationUnavailable: no engine can be used as the settings want it.
+        BackendUnavailable, IsolationUnavailable: no engine can be used as the settings want it; or, with ``prove="start"``,
+            what was seen from inside of a box is below the floor.
+        ClocheError: with ``prove="start"`` also what a run raises whose box cannot be made.
     """
 
     def __init__(self, settings: Settings | None = None, *, backends: Mapping[str, Factory] = MODES) -> None:
@@ -90,6 +94,12 @@ class Sandbox:
         await self._group.__aenter__()
         self._group.start_soon(self._sweep, self._house, self._swept, name="cloche sweep")
         self._group.start_soon(tend, chosen.backend, name="cloche tend")
+        if self.settings.prove == "start":
+            try:
+                await self._prove_at_start()
+            except BaseException as exc:
+                await self.__aexit__(type(exc), exc, exc.__traceback__)
+                raise
         return self
 
     async def __aexit__(
@@ -105,6 +115,16 @@ class Sandbox:
                 await group.__aexit__(None, None, None)
             finally:
                 await let_go(house.chosen.backend)
+
+    async def _prove_at_start(self) -> None:
+        """Raises: IsolationUnavailable: what was seen is below the floor. ClocheError: nothing could be seen."""
+        posture = await self.posture(prove=True)
+        if not self.runs:
+            return
+        check_floor(posture, self.settings.min_isolation)
+        if posture.missing:
+            names = ", ".join(guarantee.name for guarantee in posture.missing)
+            _log.warning("Not everything that runs count on is in force here: %s. cloche doctor tells more.", names)
 
     @property
     def mode(self) -> str:
