@@ -33,7 +33,7 @@ from pydantic.fields import FieldInfo
 from cloche._kit.places import parse
 from cloche.errors import InvalidSettings
 from cloche.isolation import Isolation
-from cloche.spec import MAX_TIMEOUT_S, MIN_MEMORY_BYTES, ByteSize, Limits, Spec
+from cloche.spec import MAX_TIMEOUT_S, MIN_MEMORY_BYTES, ByteSize, Limits, Network, Spec
 
 PREFIX = "CLOCHE_"
 
@@ -669,6 +669,55 @@ class Settings(BaseModel):
         why="who is refused at once can go elsewhere; a run that waits holds what it brought",
         ge=0,
         le=100_000,
+    )
+    serve_max_timeout: Seconds = _setting(
+        3600.0,
+        "Seconds that a request to `cloche serve` may ask for at most. Of this and the next four what the service's own settings "
+        "say is always allowed.",
+        allowed=f"{_TIME}, at most {MAX_TIMEOUT_S:.0f}",
+        why="a forgotten script must not hold a place for a day",
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        allow_inf_nan=False,
+    )
+    serve_max_memory: ByteSize = _setting(
+        4 * 2**30,
+        "Bytes of memory that a request to `cloche serve` may ask for at most.",
+        allowed=f"{_AMOUNT}, at least 16Mi",
+        why="what one run may take of the machine is the operator's to say; as in deploy/kubernetes",
+        ge=MIN_MEMORY_BYTES,
+        le=2**44,
+    )
+    serve_max_cpus: float = _setting(
+        4.0,
+        "CPUs that a request to `cloche serve` may ask for at most.",
+        allowed="a number above 0, at most 1024",
+        why="as with memory",
+        gt=0,
+        le=1024,
+        allow_inf_nan=False,
+    )
+    serve_max_pids: int = _setting(
+        1024,
+        "Processes and threads that a request to `cloche serve` may ask for at most.",
+        allowed="a whole number from 4 to 4194304",
+        why="as with memory",
+        ge=4,
+        le=2**22,
+    )
+    serve_images: Names = _setting(
+        (),
+        "Images that a request to `cloche serve` may name beside `CLOCHE_IMAGE`, with commas between; what ends in `*` stands "
+        "for all that begin so, and `*` alone for any.",
+        allowed="a list such as python:3.13-slim,registry.example/team/*",
+        unset="no other",
+        why="an image is a program of somebody's, pulled with the service's own credentials",
+    )
+    serve_network: Network = _setting(
+        Network.NONE,
+        "What a request to `cloche serve` may ask for: nothing, or an open network.",
+        allowed="none or open",
+        why="an open network is the service's own, which reaches what its callers may not",
     )
     serve_drain: Seconds = _setting(
         30.0,

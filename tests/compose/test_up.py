@@ -134,7 +134,7 @@ def test_opensandbox(place: Make, engine: Engine, opensandbox_image: Layered) ->
 
     The service has no socket, and no script reaches it, also not one with a network: its requests pass through the server.
     """
-    project = up(with_opensandbox(place, engine, opensandbox_image))
+    project = up(with_opensandbox(place, engine, opensandbox_image, CLOCHE_SERVE_NETWORK="open"))
     service = inspect(engine, project)
     assert not service["Mounts"]
     answer = project.run(

@@ -111,6 +111,14 @@ def test_body(alice: httpx2.Client, what: str) -> None:
     check(alice.post("/v1/runs", content=body, headers=headers), status, code)
 
 
+def test_beyond_the_ceilings(alice: httpx2.Client) -> None:
+    """A request for more than the operator allows is refused, and its workspace is gone."""
+    for asked in ({"network": "open"}, {"image": "other:1"}, {"memory": "8Gi"}, {"timeout": 7200}):
+        described = {"name": "a.sh", "content": "true", **asked}
+        check(alice.post("/v1/runs", json=described), 422, "invalid-spec")
+        check(alice.post("/v1/runs", files=form(described, tar_of({"b": ""}))), 422, "invalid-spec")
+
+
 def test_no_script_in_the_workspace(alice: httpx2.Client) -> None:
     """A script that is not in its workspace is told to be missing, without the service's paths; one that leads out is none."""
     workspace = tar_of({"a.sh": "true"})

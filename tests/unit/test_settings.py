@@ -17,7 +17,7 @@ from cloche.backends.opensandbox import address
 from cloche.backends.opensandbox.allowed import Allowed
 from cloche.isolation import Isolation
 from cloche.settings import Mode, Settings, extra, parse_duration, resolve, variables
-from cloche.spec import Limits, Spec, parse_bytes
+from cloche.spec import Limits, Network, Spec, parse_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,6 +95,12 @@ VALUES: dict[str, tuple[str, Any]] = {
     "serve_tokens": ("search:0123456789abcdef", None),
     "serve_tokens_file": ("/etc/cloche/tokens", "/etc/cloche/tokens"),
     "serve_max_queue": ("0", 0),
+    "serve_max_timeout": ("10m", 600.0),
+    "serve_max_memory": ("1Gi", 2**30),
+    "serve_max_cpus": ("2", 2.0),
+    "serve_max_pids": ("64", 64),
+    "serve_images": ("a:1, team/*", ("a:1", "team/*")),
+    "serve_network": ("open", Network.OPEN),
     "serve_drain": ("2m", 120.0),
     "serve_keep_bytes": ("1Mi", 2**20),
     "sweep_every": ("0", 0.0),

@@ -26,6 +26,7 @@ from starlette.requests import Request
 from cloche._kit.archive import ArchiveError, ArchiveTooLarge, unpack
 from cloche.errors import ClocheError, InvalidSettings, InvalidSpec, TooManyRuns, WorkspaceTooLarge
 from cloche.runtime.workspace import MAX_ENTRIES
+from cloche.server import ceilings
 from cloche.server.problems import HttpProblem
 from cloche.settings import Settings
 from cloche.spec import MAX_ARGS, MAX_ENV, MAX_STRINGS_BYTES, Spec
@@ -103,6 +104,7 @@ class Uploads:
     """Reads requests into jobs. ``settings`` has the bounds, ``mode`` is the one in use."""
 
     def __init__(self, settings: Settings, mode: str, place: Path) -> None:
+        self._settings = settings
         self._workspace_bytes = settings.workspace_bytes(mode)
         # A character of JSON may take six bytes (\u0001), base64 four for three.
         self._json_bytes = 6 * (settings.max_script_bytes + MAX_STRINGS_BYTES) + self._workspace_bytes * 4 // 3 + _SLACK
@@ -121,11 +123,17 @@ class Uploads:
         """The job that a request describes. It takes over what room the request has.
 
         Raises:
-            InvalidSpec: it describes none. WorkspaceTooLarge: the workspace is larger than it may be.
+            InvalidSpec: it describes none, or one that asks for too much.
+            WorkspaceTooLarge: the workspace is larger than it may be.
             HttpProblem: its body is of no kind that is known.
             TooManyRuns: there is no room for it.
         """
         job = await self._read(request)
+        try:
+            ceilings.check(job.spec, self._settings)
+        except InvalidSpec:
+            await job.aclose()
+            raise
         job.hold(request.state.body.hand_over())
         return job
 

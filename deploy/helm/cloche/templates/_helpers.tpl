@@ -128,6 +128,12 @@ out here: the API server takes no name twice. */}}
   "CLOCHE_SERVE_TOKENS_FILE" "/etc/cloche/tokens/tokens"
   "CLOCHE_SERVE_DRAIN" .Values.app.drainSeconds
   "CLOCHE_SERVE_MAX_QUEUE" .Values.app.maxQueue
+  "CLOCHE_SERVE_MAX_TIMEOUT" .Values.app.requests.maxTimeout
+  "CLOCHE_SERVE_MAX_MEMORY" .Values.app.requests.maxMemory
+  "CLOCHE_SERVE_MAX_CPUS" .Values.app.requests.maxCPUs
+  "CLOCHE_SERVE_MAX_PIDS" .Values.app.requests.maxPids
+  "CLOCHE_SERVE_IMAGES" (join "," .Values.app.requests.images)
+  "CLOCHE_SERVE_NETWORK" .Values.app.requests.network
   "CLOCHE_SERVE_KEEP_BYTES" .Values.app.keepBytes
   "CLOCHE_SWEEP_EVERY" .Values.app.sweepEvery
   "CLOCHE_LOG" .Values.app.logLevel
