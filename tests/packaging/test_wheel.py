@@ -129,10 +129,13 @@ def segment_types(data: bytes) -> list[int]:
 
 
 def test_no_paths_of_the_builder(programs: dict[str, tuple[bytes, int]]) -> None:
-    """No supervisor tells where it was built."""
+    """No supervisor tells where it was built: no path of this machine is in it that its sources do not name themselves, as the
+    prober names root's folder.
+    """
+    sources = b"".join(path.read_bytes() for path in hatch_build.SOURCES.glob("*.c"))
     for arch, (data, _) in programs.items():
         for place in (ROOT, Path.home(), Path(sys.prefix)):
-            assert os.fsencode(place) + b"/" not in data, arch
+            assert data.count(os.fsencode(place) + b"/") <= sources.count(os.fsencode(place) + b"/"), arch
 
 
 def test_metadata(metadata: Message) -> None:
