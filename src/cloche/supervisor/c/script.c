@@ -236,10 +236,13 @@ static void kill_by_helper(const struct options *o, int sig)
 
 void kill_all(const struct options *o, int sig)
 {
-	/* As PID 1 it reaches all there is; ESRCH says that there is nothing. */
-	if (getpid() == 1 && kill(-1, sig) != 0 && errno == ESRCH)
+	bool helper = !script_same_uid(o);
+
+	/* As PID 1 it reaches all there is; ESRCH says that there is nothing. Where the helper comes too, only what cannot be
+	 * caught is sent: a script that catches SIGTERM would be told twice. */
+	if (getpid() == 1 && (!helper || sig == SIGKILL) && kill(-1, sig) != 0 && errno == ESRCH)
 		return;
-	/* Also as PID 1: its engine may have left it no CAP_KILL. */
-	if (!script_same_uid(o))
+	/* Also as PID 1: its engine may have left it no CAP_KILL, and the kernel does not say that it reached nobody. */
+	if (helper)
 		kill_by_helper(o, sig);
 }
