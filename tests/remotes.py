@@ -120,7 +120,7 @@ def _environment(folder: Path, token: str) -> Mapping[str, str]:
         "CLOCHE_SERVE_ADDRESS": "127.0.0.1:0",
         "CLOCHE_SERVE_NETWORK": "open",  # the suites ask for all that there is
         "CLOCHE_SERVE_IMAGES": "*",
-        "CLOCHE_SERVE_MAX_MEMORY": "1Ti",
+        "CLOCHE_SERVE_MAX_MEMORY": "1024Gi",
         "CLOCHE_SERVE_MAX_CPUS": "1024",
         "CLOCHE_SERVE_MAX_PIDS": "100000",
         "CLOCHE_SERVE_MAX_TIMEOUT": "86400",
