@@ -6,6 +6,11 @@ import secrets
 import time
 
 
+def new_owner() -> str:
+    """A name for whoever answers for boxes."""
+    return f"o{secrets.token_hex(8)}"
+
+
 def new_run_id() -> str:
     """A name for a run: unique, sorted by time, and fit for a label, a file and an address."""
     return f"r{int(time.time() * 1000):011x}{secrets.token_hex(6)}"

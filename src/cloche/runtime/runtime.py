@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -22,7 +21,7 @@ from cloche.runtime.admission import Admission, Load
 from cloche.runtime.choose import MODES, Factory, check_floor, choose, let_go, look_again, tend
 from cloche.runtime.course import Course
 from cloche.runtime.life import Counters, House, Ready, Run
-from cloche.runtime.names import new_run_id
+from cloche.runtime.names import new_owner, new_run_id
 from cloche.runtime.service import Service
 from cloche.runtime.sweep import keep_sweeping
 from cloche.settings import Settings
@@ -37,10 +36,6 @@ OWN = Spec(name="cloche-prober", content="")
 """What stands for a run of cloche's own; it delivers something else."""
 _log = logging.getLogger("cloche.runtime")
 _RUN_ID = re.compile(r"[a-z][a-z0-9-]{0,30}[a-z0-9]")
-
-
-def _new_owner() -> str:
-    return f"o{secrets.token_hex(8)}"
 
 
 class Sandbox:
@@ -60,7 +55,7 @@ class Sandbox:
 
     def __init__(self, settings: Settings | None = None, *, backends: Mapping[str, Factory] = MODES) -> None:
         self.settings: Settings = Settings() if settings is None else settings
-        self.owner: str = _new_owner()
+        self.owner: str = new_owner()
         """Stands on every box that this sandbox makes."""
         self._table = backends
         self._house: House | None = None
@@ -199,7 +194,7 @@ class Sandbox:
             if self._looks > begun and self._last_look is not None:  # one that was begun after we had asked
                 return self._last_look
             self._looks, self._last_look = self._looks + 1, None
-            self._last_look = await look_again(self.settings, _new_owner(), house.chosen)
+            self._last_look = await look_again(self.settings, new_owner(), house.chosen)
             return self._last_look
 
     async def run(self, spec: Spec, *, run_id: str | None = None, wait_cleanup: bool = False) -> Result:

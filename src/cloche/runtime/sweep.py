@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from cloche.errors import ClocheError
 from cloche.isolation import Isolation
 from cloche.runtime.choose import MODES, Factory, choose, let_go
 from cloche.runtime.life import Counters
+from cloche.runtime.names import new_owner
 from cloche.runtime.service import Service
 from cloche.settings import Settings
 
@@ -77,7 +77,7 @@ async def sweep_now(settings: Settings, *, dry_run: bool = False, table: Mapping
         BackendUnavailable: the engine cannot be used.
     """
     alone = settings.model_copy(update={"fallback": False, "min_isolation": Isolation.NONE})
-    chosen = await choose(alone, f"o{secrets.token_hex(8)}", table)
+    chosen = await choose(alone, new_owner(), table)
     try:
         return Swept(chosen.posture.mode, await chosen.backend.sweep(dry_run=dry_run))
     finally:

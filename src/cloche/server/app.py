@@ -26,7 +26,7 @@ from cloche.server.auth import Doorkeeper
 from cloche.server.metrics import VERSION, Metrics
 from cloche.server.problems import HttpProblem
 from cloche.server.routes import Readiness, Service, routes
-from cloche.server.runs import Runs, open_runs
+from cloche.server.runs import Runs
 from cloche.server.schema import document
 from cloche.server.uploads import Uploads, open_place
 
@@ -50,7 +50,7 @@ async def open_service(sandbox: Sandbox, doorkeeper: Doorkeeper) -> AsyncIterato
         InvalidSettings: uploads have no place to go.
     """
     metrics = Metrics(sandbox)
-    async with open_place() as place, open_runs(sandbox, metrics) as runs:
+    async with open_place() as place, Runs(sandbox, metrics) as runs:
         uploads = Uploads(sandbox.settings, sandbox.mode, place)
         yield make_app(Service(sandbox, runs, uploads, doorkeeper, metrics, Readiness(sandbox))), runs
 
@@ -58,7 +58,12 @@ async def open_service(sandbox: Sandbox, doorkeeper: Doorkeeper) -> AsyncIterato
 def make_app(service: Service) -> FastAPI:
     """The application."""
     app = FastAPI(
-        title="cloche", version=VERSION, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
+        title="cloche",
+        version=VERSION,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.service = service
     router = routes()

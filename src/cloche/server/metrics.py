@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Info, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+import cloche
 from cloche.result import PHASES, Result
 from cloche.runtime import Sandbox
 
@@ -18,14 +18,7 @@ BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 
 """From a place that is free at once to a script that runs for minutes."""
 
 
-def _installed() -> str:
-    try:
-        return version("cloche")
-    except PackageNotFoundError:
-        return "0+unknown"
-
-
-VERSION = _installed()
+VERSION = cloche.__version__
 """Read once: it stands in a file."""
 
 

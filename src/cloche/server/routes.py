@@ -15,10 +15,11 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.responses import Response
 
-from cloche.errors import BackendUnavailable, ClocheError, IsolationUnavailable
+from cloche.errors import BackendUnavailable, ClocheError
 from cloche.isolation import Posture
 from cloche.result import ArtifactInfo
 from cloche.runtime import Sandbox
+from cloche.runtime.choose import check_floor
 from cloche.server import metrics as measured
 from cloche.server import schema, stream
 from cloche.server.auth import Caller, Doorkeeper
@@ -78,11 +79,7 @@ class Readiness:
             posture = self._posture
         if not posture.available:
             raise BackendUnavailable(posture.reason, hint=posture.hint or None)
-        floor = self._sandbox.settings.min_isolation
-        if posture.isolation < floor:
-            raise IsolationUnavailable(
-                f"The mode {posture.mode} gives the isolation {posture.isolation} here, and {floor} is required."
-            )
+        check_floor(posture, self._sandbox.settings.min_isolation)
 
     async def _probe(self) -> Posture:
         with anyio.move_on_after(PROBE_WITHIN_S):
@@ -212,7 +209,6 @@ async def get_artifact(
     headers = {
         "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
         "Cloche-Truncated": "true" if found.truncated else "false",
-        "X-Content-Type-Options": "nosniff",
         "ETag": f'"{found.sha256}"',
     }
     return Response(found.data, headers=headers, media_type="application/octet-stream")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
@@ -300,10 +300,3 @@ class Runs:
         self._kept_bytes += run.size
         while self._kept_bytes > bound or len(self._ended) > KEPT_AT_MOST:
             self.forget(next(iter(self._ended.values())))
-
-
-@asynccontextmanager
-async def open_runs(sandbox: Sandbox, metrics: Metrics) -> AsyncIterator[Runs]:
-    """The runs of a service that lasts as long as the context."""
-    async with Runs(sandbox, metrics) as runs:
-        yield runs
