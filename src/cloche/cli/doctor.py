@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,6 @@ import anyio
 
 from cloche.backends import TABLE
 from cloche.cli import exits, progress, render
-from cloche.cli.writer import STDOUT, write_all
 from cloche.errors import ClocheError
 from cloche.isolation import Check, Guarantee, Isolation, State, Verdict
 from cloche.result import ErrorInfo
@@ -80,12 +78,10 @@ def execute(mode: str | None, *, every: bool, as_json: bool, require: str | None
     with progress.shown(wanted=not as_json):
         reports = anyio.run(_examine_all, settings, required)
     if as_json:
-        found: Any = [report.to_dict() for report in reports] if every else reports[0].to_dict()
-        write_all(STDOUT, json.dumps(found).encode() + b"\n")
+        told = render.print_json([report.to_dict() for report in reports] if every else reports[0].to_dict())
     else:
-        for report in reports:
-            _tell(report)
-    return status(reports)
+        told = all(_tell(report) for report in reports)
+    return status(reports) if told else exits.NOT_RUN
 
 
 def status(reports: list[Report]) -> int:
@@ -109,17 +105,18 @@ def _tell_error(mode: str | None, error: ClocheError, *, as_json: bool) -> None:
             "guarantees": [],
             "error": ErrorInfo.of(error).model_dump(),
         }
-        write_all(STDOUT, json.dumps(found).encode() + b"\n")
+        render.print_json(found)
     else:
         render.say_error(error)
 
 
-def _tell(report: Report) -> None:
+def _tell(report: Report) -> bool:
+    """Whether it went out."""
     if sys.stdout is not None and sys.stdout.isatty():
         _draw(report)
-        return
+        return True
     text = "".join(f"{line}\n" for line in plain(report))
-    write_all(STDOUT, text.encode("utf-8", "backslashreplace"))
+    return render.print_out(text.encode("utf-8", "backslashreplace"))
 
 
 def plain(report: Report) -> Iterator[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 
+from cloche.cli.writer import STDERR, STDOUT, write_all
 from cloche.errors import ClocheError
 from cloche.events import Outcome
 from cloche.isolation import Posture, State
@@ -23,6 +25,29 @@ def say(text: str) -> None:
         print(f"cloche: {plain}", file=sys.stderr, flush=True)  # noqa: T201 (this is the command line)
     except (OSError, ValueError):
         return  # nobody listens
+
+
+def say_unwritable(fd: int, failure: OSError) -> None:
+    """Why something did not go out."""
+    name = {STDOUT: "stdout", STDERR: "stderr"}[fd]
+    say(f"{name} cannot be written: {failure.strerror}")
+
+
+def print_out(data: bytes) -> bool:
+    """Write to stdout. Whether it went out; that nobody reads it is no failure, and any other one is told."""
+    try:
+        write_all(STDOUT, data)
+    except BrokenPipeError:
+        return True
+    except OSError as exc:
+        say_unwritable(STDOUT, exc)
+        return False
+    return True
+
+
+def print_json(value: object) -> bool:
+    """The same with a value as one line of JSON."""
+    return print_out(json.dumps(value).encode() + b"\n")
 
 
 def say_error(error: ClocheError) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -15,7 +14,6 @@ import anyio
 from cloche.cli import exits, progress, render
 from cloche.cli.live import Live
 from cloche.cli.save import check_folder, save
-from cloche.cli.writer import STDERR, STDOUT, write_all
 from cloche.errors import ClocheError, InvalidSpec, WorkspaceTooLarge
 from cloche.result import ErrorInfo, Result
 from cloche.runtime import new_run_id
@@ -72,15 +70,15 @@ def execute(options: Options) -> int:
             save(Path(options.output), result.artifacts)
     except ClocheError as error:
         if options.as_json:
-            _print_json(_unsaved(result, error))
+            render.print_json(_unsaved(result, error).to_dict())
         else:
             _tell(result, settings, spec, options, saved=False)
         render.say_error(error)
         return exits.status_of_error(error)
     if options.as_json:
-        return exits.status_of_result(result) if _print_json(result) else exits.NOT_RUN
+        return exits.status_of_result(result) if render.print_json(result.to_dict()) else exits.NOT_RUN
     for fd, failure in live.failures.items():
-        _say_unwritable(fd, failure)
+        render.say_unwritable(fd, failure)
     if live.failures:
         return exits.NOT_RUN
     if not live.broken:
@@ -154,7 +152,7 @@ class _Handler(logging.Handler):
 
 def _refuse(options: Options, result: Result, error: ClocheError) -> int:
     if options.as_json:
-        _print_json(result)
+        render.print_json(result.to_dict())
     else:
         render.say_error(error)
     return exits.status_of_error(error)
@@ -166,23 +164,6 @@ def _unsaved(result: Result, error: ClocheError) -> Result:
     return result.model_copy(
         update={"outcome": "failed", "exit_code": None, "signal": None, "error": ErrorInfo.of(error)}
     )
-
-
-def _print_json(result: Result) -> bool:
-    """Whether the result went out. That nobody reads it is no failure."""
-    try:
-        write_all(STDOUT, json.dumps(result.to_dict()).encode() + b"\n")
-    except BrokenPipeError:
-        return True
-    except OSError as exc:
-        _say_unwritable(STDOUT, exc)
-        return False
-    return True
-
-
-def _say_unwritable(fd: int, failure: OSError) -> None:
-    name = {STDOUT: "stdout", STDERR: "stderr"}[fd]
-    render.say(f"{name} cannot be written: {failure.strerror}")
 
 
 def _tell(result: Result, settings: Settings, spec: Spec, options: Options, *, saved: bool = True) -> None:
