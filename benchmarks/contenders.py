@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import anyio
@@ -103,3 +105,9 @@ async def take_turns(
             if i >= warm_up:
                 times[name].append(taken)
     return {name: summary(values) for name, values in times.items()}
+
+
+def write_json(path: Path, found: Mapping[str, Any]) -> None:
+    """Keep the figures in a file, in a folder that need not be there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=2) + "\n")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import json
 import os
 import platform
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 
 import anyio
 from anyio import to_thread
-from benchmarks.contenders import Contender, by_cloche, by_subprocess, median_phases, summary, take_turns
+from benchmarks.contenders import Contender, by_cloche, by_subprocess, median_phases, summary, take_turns, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -249,8 +248,7 @@ def main() -> int:
     found = anyio.run(measure, arguments.rounds)
     show(found)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(arguments.json, found)
     return 0
 
 

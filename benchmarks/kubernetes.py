@@ -40,7 +40,7 @@ from urllib.parse import urlsplit
 import anyio
 import httpx2
 import yaml
-from benchmarks.contenders import Contender, by_cloche, median_phases, take_turns, together
+from benchmarks.contenders import Contender, by_cloche, median_phases, take_turns, together, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -482,8 +482,7 @@ def main() -> int:
     found = anyio.run(measure, arguments.rounds, arguments.batches, arguments.far_rounds)
     show(found)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(arguments.json, found)
     return 0
 
 

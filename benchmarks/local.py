@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import glob
-import json
 import os
 import platform
 import shutil
@@ -26,7 +25,7 @@ from typing import Any
 
 import anyio
 import psutil
-from benchmarks.contenders import by_cloche, by_subprocess, median_phases, take_turns
+from benchmarks.contenders import by_cloche, by_subprocess, median_phases, take_turns, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -169,8 +168,7 @@ def main() -> int:
     found["import_ms"] = import_time()
     show(found)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(arguments.json, found)
     many = found["endurance"]
     left = many["processes_left"] + many["cgroups_left"] + many["fd_growth"]
     return 1 if left or many["memory_growth_bytes"] > FLAT_BYTES else 0

@@ -38,7 +38,7 @@ from urllib.parse import urlencode
 import anyio
 import httpx2
 from anyio.streams.buffered import BufferedByteReceiveStream
-from benchmarks.contenders import Contender, by_cloche, median_phases, summary, take_turns, together
+from benchmarks.contenders import Contender, by_cloche, median_phases, summary, take_turns, together, write_json
 from rich.console import Console
 from rich.table import Table
 from tests import services
@@ -448,8 +448,7 @@ def main() -> int:
     found = anyio.run(measure, arguments.rounds, arguments.batches)
     show(found)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(arguments.json, found)
     return 0
 
 

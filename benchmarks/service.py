@@ -29,7 +29,7 @@ import anyio
 import anyio.abc
 import psutil
 from anyio.streams.buffered import BufferedByteReceiveStream
-from benchmarks.contenders import Contender, by_cloche, summary, take_turns
+from benchmarks.contenders import Contender, by_cloche, summary, take_turns, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -283,8 +283,7 @@ def main() -> int:
     found = anyio.run(measure, arguments.rounds, arguments.clients)
     show(found)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(arguments.json, found)
     failed = any(of["failures"] for of in found["crowd"]["rounds"])
     return 1 if failed or found["crowd"]["memory_growth_bytes"] > FLAT_BYTES else 0
 

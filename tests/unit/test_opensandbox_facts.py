@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cloche._kit.fields import MAX_LINE, shortened
 from cloche.backends.opensandbox import facts
-from cloche.backends.opensandbox.facts import MAX_MESSAGE, Refusal, Sandbox
+from cloche.backends.opensandbox.facts import Refusal, Sandbox
 
 ODD: list[Any] = [
     None,
@@ -166,7 +167,7 @@ def test_texts_of_a_sandbox_are_bounded() -> None:
     """What the service says of a sandbox is a line of people's characters and bounded, however long it is."""
     found = facts.parse_sandbox({"id": "s1", "status": {"state": LONG, "reason": LONG, "message": LONG}})
     assert found is not None
-    for text, most in ((found.state, 64), (found.reason, MAX_MESSAGE), (found.message, MAX_MESSAGE)):
+    for text, most in ((found.state, 64), (found.reason, MAX_LINE), (found.message, MAX_LINE)):
         assert 0 < len(text) <= most
         assert text.isprintable()
 
@@ -209,7 +210,7 @@ WRONG = {"type": "missing", "loc": ["body", "resourceLimits", 0, "cpu"], "msg": 
         ({"detail": [{"loc": "body", "msg": 7}]}, "", ""),
         ({"detail": {"code": 7, "message": 7}}, "", ""),
         (b"\xff\xfe{", "", "\ufffd\ufffd{"),
-        (b"[" * 3000, "", "[" * (MAX_MESSAGE - 1) + "…"),
+        (b"[" * 3000, "", "[" * (MAX_LINE - 1) + "…"),
         (b'{"code":"A","message":"' + b"9" * 10 + b'"', "", '{"code":"A","message":"9999999999"'),
     ],
     ids=lambda value: repr(value)[:40],
@@ -236,7 +237,7 @@ def test_refusal(body: object, code: str, message: str) -> None:
 def test_refusals_are_bounded(body: object) -> None:
     """A refusal is a line of people's characters and bounded, however long what the service said is."""
     found = refusal(body)
-    assert 0 < len(found.message) <= MAX_MESSAGE
+    assert 0 < len(found.message) <= MAX_LINE
     assert len(found.code) <= 100
     assert found.message.isprintable()
     assert found.code.isprintable()
@@ -292,7 +293,7 @@ def test_retry_after(said: str, read: float | None) -> None:
 @given(st.text(), st.integers(1, 40))
 def test_shortened(text: str, most: int) -> None:
     """One line for people has no character that they could not see, no two spaces together, and a sign where it was cut."""
-    line = facts.shortened(text, most)
+    line = shortened(text, most)
     assert len(line) <= most
     assert line.isprintable()
     assert "  " not in line

@@ -5,6 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 
+RUN_ID = r"[a-z][a-z0-9-]{0,30}[a-z0-9]"
+"""What a run may be called."""
+
 
 def new_owner() -> str:
     """A name for whoever answers for boxes."""

@@ -21,7 +21,7 @@ from cloche.runtime.admission import Admission, Load
 from cloche.runtime.choose import MODES, Factory, check_floor, choose, let_go, look_again, tend
 from cloche.runtime.course import Course
 from cloche.runtime.life import Counters, House, Ready, Run
-from cloche.runtime.names import new_owner, new_run_id
+from cloche.runtime.names import RUN_ID, new_owner, new_run_id
 from cloche.runtime.service import Service
 from cloche.runtime.sweep import keep_sweeping
 from cloche.settings import Settings
@@ -35,7 +35,6 @@ SWEEP_WAIT_S = 2.0
 OWN = Spec(name="cloche-prober", content="")
 """What stands for a run of cloche's own; it delivers something else."""
 _log = logging.getLogger("cloche.runtime")
-_RUN_ID = re.compile(r"[a-z][a-z0-9-]{0,30}[a-z0-9]")
 
 
 class Sandbox:
@@ -290,7 +289,7 @@ class Sandbox:
             raise RuntimeError("the sandbox is closed")
         if not house.chosen.capabilities.runs:
             raise SandboxDisabled("Script execution is switched off here.")
-        if _RUN_ID.fullmatch(run_id) is None or run_id in self._runs:
+        if re.fullmatch(RUN_ID, run_id) is None or run_id in self._runs:
             raise InvalidSpec(
                 f"The run id {run_id[:64]!r} is in use or malformed.",
                 hint="Use 2 to 32 small letters, digits and '-', a letter first, and each id once.",

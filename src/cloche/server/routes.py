@@ -20,6 +20,7 @@ from cloche.isolation import Posture
 from cloche.result import ArtifactInfo
 from cloche.runtime import Sandbox
 from cloche.runtime.choose import check_floor
+from cloche.runtime.names import RUN_ID
 from cloche.server import metrics as measured
 from cloche.server import schema, stream
 from cloche.server.auth import Caller, Doorkeeper
@@ -30,7 +31,6 @@ from cloche.server.uploads import Uploads
 
 BODY_S = 300.0
 """For a request to arrive."""
-RUN_ID = r"^[a-z][a-z0-9-]{0,30}[a-z0-9]$"
 PROBE_S = 10.0
 """How old an answer on readiness may be."""
 PROBE_WITHIN_S = 5.0
@@ -141,7 +141,9 @@ async def start_run(
     request: Request,
     service: Shared,
     caller: Known,
-    run_id: Annotated[str | None, Query(pattern=RUN_ID, description="An id of the caller's own for the run.")] = None,
+    run_id: Annotated[
+        str | None, Query(pattern=f"^{RUN_ID}$", description="An id of the caller's own for the run.")
+    ] = None,
 ) -> Response:
     """Run a script. Answers with the result when it has ended; with its events as they happen, when text/event-stream is
     accepted; at once, with `Prefer: respond-async`. A client that goes away cancels its run, but for the last.
@@ -221,8 +223,8 @@ async def get_posture(
 ) -> Response:
     """What isolation is in force, guarantee by guarantee; what a proof finds holds for all runs that begin after it."""
     sandbox = service.sandbox
-    if prove and service.runs.draining:
-        raise HttpProblem(503, "shutting-down", "The service is about to end.", retry_after_s=1)
+    if prove:
+        service.runs.check_open()
     posture = asdict(await sandbox.posture(prove=prove))
     return JSONResponse({**posture, "fallback_from": sandbox.fallback_from, "runs": sandbox.runs})
 
@@ -234,8 +236,7 @@ async def get_health() -> Response:
 
 async def get_readiness(service: Shared) -> Response:
     """Whether runs are taken: the engine can be reached, and the isolation floor is met."""
-    if service.runs.draining:
-        raise HttpProblem(503, "shutting-down", "The service is about to end.", retry_after_s=1)
+    service.runs.check_open()
     try:
         await service.readiness.check()
     except ClocheError as exc:

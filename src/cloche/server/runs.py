@@ -123,7 +123,7 @@ class Runs:
             TooManyRuns: it has as many as it takes, or the caller has.
         """
         settings = self.sandbox.settings
-        self._check_open()
+        self.check_open()
         if self._admitted.total() >= settings.max_concurrent + settings.serve_max_queue:
             raise TooManyRuns(f"As many runs wait as may: {settings.serve_max_queue} (CLOCHE_SERVE_MAX_QUEUE).")
         if caller.limit is not None and self._admitted[caller.name] >= caller.limit:
@@ -134,7 +134,8 @@ class Runs:
         finally:
             self._admitted[caller.name] -= 1
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises: HttpProblem: the service is about to end."""
         if self.draining:
             raise HttpProblem(
                 503, "shutting-down", "The service is about to end.", hint="Ask another one.", retry_after_s=1
@@ -153,7 +154,7 @@ class Runs:
             HttpProblem: the id is in use, or the service is about to end.
         """
         assert self._group is not None
-        self._check_open()  # it may be, since the request began
+        self.check_open()  # it may be, since the request began
         if run_id is not None and (run_id in self._active or run_id in self._ended):
             raise HttpProblem(
                 409,

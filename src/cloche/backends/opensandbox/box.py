@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import anyio
 from anyio import to_thread
 
+from cloche._kit.fields import shortened
 from cloche._kit.http import ConnectFailure, ConnectionLost, HttpFailure, NotAllowed, Stream, TimedOut, TlsFailure
 from cloche._kit.places import Place
 from cloche._kit.steps import step
@@ -385,7 +386,7 @@ class OpenSandboxBox:
         code = self._ended.exit_code
         if code in {0, -1} and await self._out_of_memory():
             return Fate(FateKind.OOM_KILLED, f"Memory ran out in the sandbox {self._name}.")
-        words = facts.shortened(self._words) or facts.shortened(self._ended.message).strip(": ") or "it gives no reason"
+        words = shortened(self._words) or shortened(self._ended.message).strip(": ") or "it gives no reason"
         if code in _NO_PROGRAM and not self._begun:
             return Fate(FateKind.NOT_STARTED, f"The supervisor cannot be started in the sandbox: {words}.")
         if code is None:

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 from urllib.parse import unquote, urlencode
 
-from cloche._kit.fields import field
+from cloche._kit.fields import field, shortened
 from cloche._kit.http import (
     Answer,
     ConnectFailure,
@@ -112,7 +112,7 @@ class OpenSandboxClient:
         """The service's own; empty where it does not tell."""
         try:
             answer = await self._once("GET", "/version")
-            return facts.shortened(field(_json(answer), "version", str, ""), 64) if answer.ok else ""
+            return shortened(field(_json(answer), "version", str, ""), 64) if answer.ok else ""
         except HttpFailure:
             return ""
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from cloche._kit.fields import MAX_LINE, parse_json, shortened
 from cloche._kit.fields import field as member
-from cloche._kit.fields import parse_json
 
-MAX_MESSAGE = 1000
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DEAD = frozenset({"Failed", "Terminated"})
 
@@ -97,19 +96,13 @@ def parse_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refus
         message = message or detail
     message = message or member(found, "error", str, "")
     if found is None:
-        message = body[: 4 * MAX_MESSAGE].decode("utf-8", "replace").strip()
+        message = body[: 4 * MAX_LINE].decode("utf-8", "replace").strip()
     return Refusal(status, shortened(code, 100), shortened(message), request_id, retry)
 
 
 def _wrong(item: object) -> str:
     where = member(item, "loc", list, [])
     return f"{'.'.join(map(str, where[1:]))}: {member(item, 'msg', str, '')}" if where else member(item, "msg", str, "")
-
-
-def shortened(text: str, most: int = MAX_MESSAGE) -> str:
-    """One line of text for people."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
-    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def machine_of(program: bytes) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cloche._kit.fields import field, parse_json
+from cloche._kit.fields import field, parse_json, shortened
 from cloche._kit.http import ConnectFailure, HttpFailure, TlsFailure, TooLarge
 from cloche.errors import (
     BackendUnavailable,
@@ -49,14 +49,14 @@ def offer(found: object) -> Offer:
     if not mode or not isinstance(found, Mapping) or not isinstance(found.get("available"), bool):
         raise ValueError("no posture")
     engine = shortened(field(found, "engine", str, ""), 200)
-    reason = shortened(field(found, "reason", str, ""))
+    reason = shortened(field(found, "reason", str, ""), MAX_TEXT)
     instead = shortened(field(found, "fallback_from", str, ""), 64)
     posture = Posture(
         Mode.REMOTE,
         available=available,
         isolation=Isolation(level),
         reason=reason and f"the service says: {reason}",
-        hint=shortened(field(found, "hint", str, "")),
+        hint=shortened(field(found, "hint", str, ""), MAX_TEXT),
         engine=f"cloche service, {shortened(mode, 64)}" + (f", {engine}" if engine else ""),
         guarantees=tuple(_guarantees(field(found, "guarantees", list, []))),
         proved=field(found, "proved", bool, otherwise=False),
@@ -69,8 +69,8 @@ def _guarantees(found: list[object]) -> list[Guarantee]:
         Guarantee(
             shortened(field(each, "name", str, ""), 64),
             State(field(each, "state", str, "")),
-            shortened(field(each, "evidence", str, "")),
-            shortened(field(each, "advice", str, "")),
+            shortened(field(each, "evidence", str, ""), MAX_TEXT),
+            shortened(field(each, "advice", str, ""), MAX_TEXT),
             needed=field(each, "needed", bool, otherwise=True),
         )
         for each in found[:MAX_GUARANTEES]
@@ -85,7 +85,7 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes, where: str) ->
         found = None
     if status != 401 and (error := problem(found)) is not None:
         return error
-    said = shortened(field(found, "detail", str, "")).rstrip(".") or f"status {status}"
+    said = shortened(field(found, "detail", str, ""), MAX_TEXT).rstrip(".") or f"status {status}"
     if status in {401, 403}:
         return BackendUnavailable(f"The service at {where} does not take the token: {said}.", hint=TOKEN_HINT)
     if 300 <= status < 400:
@@ -112,8 +112,8 @@ def no_service(where: str, why: str) -> BackendUnavailable:
 
 def problem(found: object) -> ClocheError | None:
     """The error that a problem is (RFC 9457, with cloche's own members). None: it is none that is known."""
-    code, detail = field(found, "code", str, ""), shortened(field(found, "detail", str, ""))
-    hint = shortened(field(found, "hint", str, "")) or None
+    code, detail = field(found, "code", str, ""), shortened(field(found, "detail", str, ""), MAX_TEXT)
+    hint = shortened(field(found, "hint", str, ""), MAX_TEXT) or None
     if not code or not detail:
         return None
     known = error_class(code)
@@ -157,9 +157,3 @@ def unreachable(exc: HttpFailure, where: str) -> ClocheError:
                 hint="Look at the service's own log; the script may have run in part.",
                 retryable=True,
             )
-
-
-def shortened(text: str, most: int = MAX_TEXT) -> str:
-    """One line of text for people."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
-    return line if len(line) <= most else line[: most - 1] + "…"
