@@ -231,6 +231,18 @@ async def test_readiness() -> None:
         assert (await here.client.get("/readyz")).status_code == 200
 
 
+async def test_the_floor_is_the_operators() -> None:
+    """A request that asks for less isolation than the service's floor gets no less."""
+    weak = FakeBackend(posture=Posture("local", available=True, isolation=Isolation.PROCESS))
+    async with serving_here(weak) as here:
+        for level in ("none", "process", "namespace"):
+            answer = await here.client.post("/v1/runs", json=spec("true", min_isolation=level))
+            assert (answer.status_code, answer.json()["code"]) == (422, "isolation-unavailable")
+    async with serving_here(FakeBackend()) as here:
+        assert (await here.client.post("/v1/runs", json=spec("true", min_isolation="none"))).status_code == 200
+    assert weak.boxes == []
+
+
 def _forget(here: Here) -> None:
     """As if the time between two questions were over."""
     here.readiness._asked_at = -math.inf
